@@ -1,0 +1,153 @@
+//! The layout of one rank's shard file: which chunks and extras, in which order, and the safetensors header over them.
+//!
+//! `FM-1`: the data starts at a multiple of the digest block, so header and data share no block.
+
+use serde_json::{Map, Value, json};
+
+use crate::manifest::part_name;
+use crate::plan::{Encoding, Holding, LoadPlan, Part, TensorPlan};
+use crate::quant::{DynamicMap, FourBit, NestedState, QuantState};
+use crate::state::StateDict;
+use crate::types::{DIGEST_BLOCK_BYTES, DType, Rank, Step, TensorDigest, as_u64, as_usize};
+
+/// One tensor of a shard file.
+#[derive(Debug)]
+pub(super) struct Entry {
+    pub(super) name: String,
+    pub(super) dtype: DType,
+    pub(super) shape: Vec<u64>,
+    pub(super) offsets: Vec<u64>,
+    pub(super) content: Content,
+}
+
+/// Where an entry's bytes come from.
+#[derive(Debug)]
+pub(super) enum Content {
+    /// Owned bytes of a component of the plan.
+    Chunk { tensor: usize, component: usize, at: u64 },
+    /// Small bytes for other tools.
+    Extra(Vec<u8>),
+}
+
+impl Entry {
+    pub(super) fn bytes<'a>(&'a self, state: &'a StateDict) -> &'a [u8] {
+        match &self.content {
+            Content::Chunk { tensor, component, .. } => state.owned(*tensor, *component),
+            Content::Extra(bytes) => bytes,
+        }
+    }
+}
+
+/// All entries of the rank's file, widest elements first so that every tensor is aligned to its element.
+pub(super) fn entries(plan: &LoadPlan, state: &StateDict) -> Vec<Entry> {
+    let mut entries = Vec::new();
+    for (index, tensor) in plan.tensors.iter().enumerate() {
+        for (component, placed) in state.parts(index).iter().enumerate() {
+            let part = placed.holding.component.part;
+            if part != Part::NestedOffset && !placed.holding.owned.is_empty() {
+                entries.push(chunk_entry(tensor, &placed.holding, index, component));
+            }
+        }
+        if tensor.reader == state.rank() {
+            extras(tensor, state.nested_offset(index).map(|bits| f32::from_bits(bits.0)), &mut entries);
+        }
+    }
+    entries.sort_by_key(|entry| std::cmp::Reverse(entry.dtype.size_bytes()));
+    entries
+}
+
+fn chunk_entry(tensor: &TensorPlan, holding: &Holding, index: usize, component: usize) -> Entry {
+    let whole = &holding.component;
+    let mut shape = whole.shape.0.clone();
+    let mut offsets = vec![0; shape.len()];
+    if let (Some(rows), Some(first)) = (shape.first_mut(), offsets.first_mut()) {
+        let row_bytes = (whole.bytes / (*rows).max(1)).max(1);
+        *rows = holding.owned.len() / row_bytes;
+        *first = holding.owned.start() / row_bytes;
+    }
+    Entry {
+        name: part_name(&tensor.fqn, &tensor.encoding, whole.part),
+        dtype: whole.dtype,
+        shape,
+        offsets,
+        content: Content::Chunk { tensor: index, component, at: holding.owned.start() },
+    }
+}
+
+/// What bitsandbytes and transformers want beside codes and statistics (formats of bitsandbytes 0.50).
+fn extras(tensor: &TensorPlan, nested_offset: Option<f32>, entries: &mut Vec<Entry>) {
+    let fqn = tensor.fqn.as_str();
+    let mut extra = |name: String, dtype: DType, shape: Vec<u64>, bytes: Vec<u8>| {
+        let offsets = vec![0; shape.len()];
+        entries.push(Entry { name, dtype, shape, offsets, content: Content::Extra(bytes) });
+    };
+    match tensor.encoding {
+        Encoding::Plain { .. } => {}
+        Encoding::Int8 => {
+            let module = fqn.strip_suffix(".weight").unwrap_or(fqn);
+            extra(format!("{module}.weight_format"), DType::U8, Vec::new(), vec![0]);
+        }
+        Encoding::FourBit { code, block, dtype, .. } => {
+            extra(format!("{fqn}.quant_map"), DType::F32, vec![16], f32_bytes(code.values()));
+            if nested_offset.is_some() {
+                let map = f32_bytes(DynamicMap::standard().values());
+                extra(format!("{fqn}.nested_quant_map"), DType::F32, vec![256], map);
+            }
+            let state = QuantState {
+                format: FourBit { code, block },
+                dtype,
+                shape: tensor.shape.clone(),
+                nested: nested_offset.map(|offset| NestedState { offset }),
+            };
+            let json = state.to_json().into_bytes();
+            let name = format!("{fqn}.quant_state.bitsandbytes__{}", code.name());
+            extra(name, DType::U8, vec![as_u64(json.len())], json);
+        }
+    }
+}
+
+fn f32_bytes(values: &[f32]) -> Vec<u8> {
+    values.iter().flat_map(|value| value.to_le_bytes()).collect()
+}
+
+/// The header with its length, padded to a multiple of the digest block (`FM-1`). Its length depends on the entries
+/// alone, not on the digests, so that it can be written after the data.
+pub(super) fn header(entries: &[Entry], digests: &[TensorDigest], step: Step, rank: Rank) -> Vec<u8> {
+    let mut sharding = Map::new();
+    let mut tensors = Map::new();
+    let mut offset = 0;
+    for (entry, digest) in entries.iter().zip(digests) {
+        let end = offset + digest.bytes();
+        sharding.insert(entry.name.clone(), json!({"saved_offsets": entry.offsets}));
+        tensors.insert(
+            entry.name.clone(),
+            json!({
+                "dtype": entry.dtype.name(),
+                "shape": entry.shape,
+                "data_offsets": [offset, end],
+                "digest": digest.to_string(),
+            }),
+        );
+        offset = end;
+    }
+    let mut all = Map::new();
+    all.insert(
+        "__metadata__".to_owned(),
+        json!({
+            "format": "pt",
+            "DCP_VERSION": "1.0",
+            "DCP_SHARDING_INFO": Value::Object(sharding).to_string(),
+            "weightcast_step": step.to_string(),
+            "weightcast_rank": rank.to_string(),
+        }),
+    );
+    all.extend(tensors);
+    let text = Value::Object(all).to_string().into_bytes();
+    let block = as_usize(DIGEST_BLOCK_BYTES);
+    let total = (text.len() + 8).div_ceil(block) * block;
+    let mut bytes = Vec::with_capacity(total);
+    bytes.extend_from_slice(&as_u64(total - 8).to_le_bytes());
+    bytes.extend_from_slice(&text);
+    bytes.resize(total, b' ');
+    bytes
+}

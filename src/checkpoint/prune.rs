@@ -1,0 +1,56 @@
+//! Retention: deleting old checkpoints, counting only those that hold.
+
+use super::names::TRASH;
+use super::{CheckpointError, Depth, list, verify};
+use crate::store::Store;
+
+/// What pruning did, or would do.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct Pruned {
+    /// Directories that stay.
+    pub kept: Vec<String>,
+    /// Directories that were, or would be, deleted.
+    pub deleted: Vec<String>,
+    /// Directories that do not hold; they neither count nor are deleted.
+    pub damaged: Vec<String>,
+}
+
+/// Decides which checkpoints go so that the `keep` newest verified ones stay, and deletes them when `delete` says so:
+/// first renamed into the trash, then removed.
+///
+/// # Errors
+/// [`CheckpointError`] when the root cannot be listed or changed.
+pub fn prune(store: &dyn Store, keep: usize, delete: Delete) -> Result<Pruned, CheckpointError> {
+    let mut pruned = Pruned { kept: Vec::new(), deleted: Vec::new(), damaged: Vec::new() };
+    for listed in list(store)?.into_iter().rev() {
+        let holds = listed
+            .checkpoint
+            .and_then(|checkpoint| verify(store, &checkpoint, Depth::Shallow).map(|_| ()))
+            .is_ok();
+        let pile = match holds {
+            false => &mut pruned.damaged,
+            true if pruned.kept.len() < keep => &mut pruned.kept,
+            true => &mut pruned.deleted,
+        };
+        pile.push(listed.directory);
+    }
+    if delete == Delete::Now && !pruned.deleted.is_empty() {
+        store.create_dir(TRASH)?;
+        for directory in &pruned.deleted {
+            let trashed = format!("{TRASH}/{directory}");
+            store.remove(&trashed)?;
+            store.publish(directory, &trashed)?;
+            store.remove(&trashed)?;
+        }
+    }
+    Ok(pruned)
+}
+
+/// See [`prune`].
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Delete {
+    /// Delete.
+    Now,
+    /// Only say what would be deleted.
+    DryRun,
+}

@@ -1,0 +1,101 @@
+//! What the communicator's thread shares with its abort handles.
+//!
+//! Owns: the event that wakes the thread, and the list of its sockets, so that an abort from another thread closes them
+//! all at once. Refuses to know: frames, collectives, who waits for what.
+//!
+//! `CM-2`: an abort is one write to an event descriptor that every wait polls.
+//! `CM-3`: a goodbye travels against the direction of the data, where nothing else ever travels, so it can be written at
+//! any moment by any thread.
+
+use std::io;
+use std::net::{Shutdown, TcpListener, TcpStream};
+use std::os::fd::OwnedFd;
+use std::sync::{Arc, Mutex, PoisonError};
+
+use rustix::event::EventfdFlags;
+use rustix::net::SendFlags;
+
+use super::wire::encode_goodbye;
+use crate::comm::error::Goodbye;
+use crate::types::Rank;
+
+/// The sockets of one communicator.
+#[derive(Debug)]
+pub(super) struct Shared {
+    own: Rank,
+    /// Readable once the communicator is aborted.
+    pub(super) wake: OwnedFd,
+    pub(super) listener: TcpListener,
+    sockets: Mutex<Sockets>,
+}
+
+#[derive(Debug, Default)]
+struct Sockets {
+    closed: bool,
+    /// Connections on which peers send to us, and we say goodbye.
+    incoming: Vec<Arc<TcpStream>>,
+    /// Connections on which we send.
+    outgoing: Vec<Arc<TcpStream>>,
+}
+
+impl Shared {
+    pub(super) fn new(own: Rank, listener: TcpListener) -> io::Result<Self> {
+        let wake = rustix::event::eventfd(0, EventfdFlags::NONBLOCK | EventfdFlags::CLOEXEC)?;
+        Ok(Self { own, wake, listener, sockets: Mutex::default() })
+    }
+
+    /// Wakes the communicator's thread now and whenever it would wait again.
+    pub(super) fn wake(&self) {
+        // The only failure of a first write to an event descriptor is a counter that is full, which wakes as well.
+        let _already_awake = rustix::io::write(&self.wake, &1_u64.to_ne_bytes());
+    }
+
+    pub(super) fn add_incoming(&self, stream: &Arc<TcpStream>) {
+        self.add(stream, |sockets| &mut sockets.incoming);
+    }
+
+    pub(super) fn add_outgoing(&self, stream: &Arc<TcpStream>) {
+        self.add(stream, |sockets| &mut sockets.outgoing);
+    }
+
+    fn add(&self, stream: &Arc<TcpStream>, list: impl FnOnce(&mut Sockets) -> &mut Vec<Arc<TcpStream>>) {
+        let mut sockets = self.sockets.lock().unwrap_or_else(PoisonError::into_inner);
+        if sockets.closed {
+            shut(stream);
+        } else {
+            list(&mut sockets).push(Arc::clone(stream));
+        }
+    }
+
+    /// Says goodbye to everybody who sends to us and ends all connections, now and those to come. Never blocks; only the
+    /// first call has an effect.
+    pub(super) fn close(&self, goodbye: &Goodbye) {
+        let mut sockets = self.sockets.lock().unwrap_or_else(PoisonError::into_inner);
+        if std::mem::replace(&mut sockets.closed, true) {
+            return;
+        }
+        let message = encode_goodbye(goodbye, self.own);
+        for stream in sockets.incoming.drain(..) {
+            // A peer that cannot hear us any more has nothing to learn from us.
+            let _unheard = rustix::net::send(&stream, &message, SendFlags::NOSIGNAL | SendFlags::DONTWAIT);
+            shut(&stream);
+        }
+        sockets.outgoing.drain(..).for_each(|stream| shut(&stream));
+        // On Linux this refuses connections that are still queued, so that their dialers do not wait for us.
+        let _not_listening = rustix::net::shutdown(&self.listener, rustix::net::Shutdown::Both);
+    }
+
+    /// Cuts all connections without a word, as the kernel does for a process that was killed.
+    #[cfg(test)]
+    pub(super) fn vanish(&self) {
+        let mut sockets = self.sockets.lock().expect("no test panics in here");
+        sockets.closed = true;
+        sockets.incoming.drain(..).for_each(|stream| shut(&stream));
+        sockets.outgoing.drain(..).for_each(|stream| shut(&stream));
+    }
+}
+
+fn shut(stream: &TcpStream) {
+    // Fails only when the connection is gone already.
+    let _already_gone = stream.shutdown(Shutdown::Both);
+}

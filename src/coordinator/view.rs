@@ -1,0 +1,109 @@
+//! What others see of the coordinator's state: a full snapshot.
+
+use crate::clock::Instant;
+use crate::membership::{Cause, Membership, Phase, Progress, Save};
+use crate::types::{Generation, JobId, Rank};
+
+/// A snapshot of the job.
+#[derive(Clone, Debug)]
+pub struct View {
+    /// The job.
+    pub job: JobId,
+    /// The model in words.
+    pub model: String,
+    /// The current generation.
+    pub generation: Generation,
+    /// The phase.
+    pub phase: Phase,
+    /// Addresses of the data plane by rank, once all have joined.
+    pub peers: Vec<String>,
+    /// The generation's secret.
+    pub secret: [u8; 32],
+    /// SHA-256 of the plan.
+    pub plan_sha256: [u8; 32],
+    /// The ranks.
+    pub ranks: Vec<RankView>,
+    /// The newest checkpoint of this job.
+    pub last_checkpoint: Option<String>,
+}
+
+/// A snapshot of one rank.
+#[derive(Clone, Debug)]
+pub struct RankView {
+    /// The rank.
+    pub rank: Rank,
+    /// The id of its member; absent when it has not joined.
+    pub member: Option<String>,
+    /// The request id of its join.
+    pub request_id: String,
+    /// Its host.
+    pub host: String,
+    /// Its process.
+    pub process_id: u32,
+    /// Its device.
+    pub device: String,
+    /// How far it is.
+    pub progress: Progress,
+    /// When its lease was last renewed.
+    pub renewed: Option<Instant>,
+}
+
+impl View {
+    /// What ranks are to write, while they write.
+    #[must_use]
+    pub const fn save(&self) -> Option<&Save> {
+        match &self.phase {
+            Phase::Saving { save, .. } => Some(save),
+            _ => None,
+        }
+    }
+
+    /// Why the job was cancelled, if it was.
+    #[must_use]
+    pub const fn cause(&self) -> Option<&Cause> {
+        match &self.phase {
+            Phase::Aborted(cause) => Some(cause),
+            _ => None,
+        }
+    }
+
+    pub(super) fn update(&mut self, membership: &Membership, secret: [u8; 32]) {
+        self.generation = membership.generation();
+        self.phase = membership.phase().clone();
+        self.secret = secret;
+        self.last_checkpoint = membership.last_checkpoint().map(str::to_owned);
+        self.ranks = membership
+            .members()
+            .iter()
+            .zip(0_u32..)
+            .map(|(member, rank)| match member {
+                Some(member) => RankView {
+                    rank: Rank(rank),
+                    member: Some(member.id.clone()),
+                    request_id: member.info.request_id.clone(),
+                    host: member.info.host.clone(),
+                    process_id: member.info.process_id,
+                    device: member.info.device.clone(),
+                    progress: member.progress.clone(),
+                    renewed: Some(member.renewed),
+                },
+                None => RankView {
+                    rank: Rank(rank),
+                    member: None,
+                    request_id: String::new(),
+                    host: String::new(),
+                    process_id: 0,
+                    device: String::new(),
+                    progress: Progress { stage: "absent".to_owned(), ..Progress::default() },
+                    renewed: None,
+                },
+            })
+            .collect();
+        let all = membership.members().iter().all(Option::is_some);
+        self.peers = if all {
+            membership.members().iter().flatten().map(|member| member.info.data_address.clone()).collect()
+        } else {
+            Vec::new()
+        };
+    }
+}

@@ -1,0 +1,144 @@
+//! From elements as they are in a file to the bytes that a rank keeps.
+
+use std::sync::atomic::Ordering;
+
+use super::LoadError;
+use super::report::{Meters, timed};
+use super::source::Files;
+use crate::format::Encoding as SourceEncoding;
+use crate::plan::{Encoding, Input, SourceSpan, TensorPlan};
+use crate::quant::{FourBit, Kernels, QuantError, Source};
+use crate::types::{DType, as_u64, as_usize};
+
+/// What the threads of a reader share.
+#[derive(Clone, Copy, Debug)]
+pub(super) struct Encoder<'a> {
+    pub(super) files: &'a Files,
+    pub(super) meters: &'a Meters,
+    pub(super) kernels: Kernels,
+}
+
+/// The encoded form of a span.
+#[derive(Debug, Default)]
+pub(super) struct Encoded {
+    /// Bytes of the weight component.
+    pub(super) weight: Vec<u8>,
+    /// The f32 statistics of its blocks or rows.
+    pub(super) statistics: Vec<f32>,
+}
+
+impl Encoder<'_> {
+    /// Reads and encodes a span into `out`, whose buffers are reused; `scratch` holds the source.
+    pub(super) fn encode(
+        &self,
+        tensor: &TensorPlan,
+        span: SourceSpan,
+        scratch: &mut Vec<u8>,
+        out: &mut Encoded,
+    ) -> Result<(), LoadError> {
+        let dtype = self.read_elements(tensor, span, scratch, &mut out.weight)?;
+        let (len, weight_len) = (span.elements.len(), as_usize(span.weight.len()));
+        if let Encoding::Plain { dtype: to } = tensor.encoding
+            && to == dtype
+        {
+            // As it was: the bytes read are the result.
+            std::mem::swap(scratch, &mut out.weight);
+            out.statistics.clear();
+            return Ok(());
+        }
+        out.weight.resize(weight_len, 0);
+        let result = timed(&self.meters.encode_ns, || self.transform(tensor, dtype, scratch, out));
+        let non_finite = result.map_err(|source| LoadError::Encode { fqn: tensor.fqn.clone(), source })?;
+        if !matches!(tensor.encoding, Encoding::Plain { .. }) {
+            self.meters.quantized_values.fetch_add(len, Ordering::Relaxed);
+        }
+        if non_finite > 0 {
+            self.meters.non_finite_values.fetch_add(non_finite, Ordering::Relaxed);
+            tracing::warn!(tensor = %tensor.fqn, non_finite, "values are NaN or infinite");
+        }
+        Ok(())
+    }
+
+    /// Returns how many values were not finite.
+    fn transform(
+        &self,
+        tensor: &TensorPlan,
+        dtype: DType,
+        source: &[u8],
+        out: &mut Encoded,
+    ) -> Result<u64, QuantError> {
+        let values = source.len() / as_usize(dtype.size_bytes());
+        let source = Source::new(dtype, source)?;
+        match tensor.encoding {
+            Encoding::Plain { dtype: to } => {
+                out.statistics.clear();
+                self.kernels.convert(source, to, &mut out.weight).map(|()| 0)
+            }
+            Encoding::FourBit { code, block, .. } => {
+                out.statistics.resize(values.div_ceil(block.values()), 0.0);
+                let format = FourBit { code, block };
+                self.kernels.quantize_4bit(format, source, &mut out.weight, &mut out.statistics)
+            }
+            Encoding::Int8 => {
+                let columns = as_usize(tensor.row_elements());
+                out.statistics.resize(values / columns.max(1), 0.0);
+                self.kernels.quantize_int8_rows(source, columns, &mut out.weight, &mut out.statistics)
+            }
+        }
+    }
+
+    /// Fills `scratch` with the span's elements and says their type; `blocks` is scratch for encoded files.
+    fn read_elements(
+        &self,
+        tensor: &TensorPlan,
+        span: SourceSpan,
+        scratch: &mut Vec<u8>,
+        blocks: &mut Vec<u8>,
+    ) -> Result<DType, LoadError> {
+        let inconsistent = |what| LoadError::Plan { fqn: tensor.fqn.clone(), what };
+        let Input::Elements { file, range, dtype, encoding } = &tensor.input else {
+            return Err(inconsistent("a stored tensor is to be encoded"));
+        };
+        let size = dtype.size_bytes();
+        match encoding {
+            SourceEncoding::Plain => {
+                if tensor.elements().checked_mul(size) != Some(range.len()) {
+                    return Err(inconsistent("its bytes are not those of its shape"));
+                }
+                scratch.resize(as_usize(span.elements.len() * size), 0);
+                let offset = range.start() + span.elements.start() * size;
+                self.files.read(&tensor.fqn, (*file, offset), scratch, self.meters)?;
+            }
+            SourceEncoding::Ggml(encoding) => {
+                self.read_ggml(tensor, encoding, span, (scratch, blocks))?;
+            }
+        }
+        Ok(*dtype)
+    }
+
+    /// Decodes the rows of a span from GGUF blocks into f32, in the order of the Hugging Face model.
+    fn read_ggml(
+        &self,
+        tensor: &TensorPlan,
+        encoding: &crate::format::GgmlTensor,
+        span: SourceSpan,
+        (scratch, blocks): (&mut Vec<u8>, &mut Vec<u8>),
+    ) -> Result<(), LoadError> {
+        let Input::Elements { file, range, .. } = &tensor.input else { return Ok(()) };
+        let decode_error = |source| LoadError::Decode { fqn: tensor.fqn.clone(), source };
+        let row = tensor.row_elements().max(1);
+        let (first, last) = (span.elements.start() / row, span.elements.end() / row);
+        let row_bytes = encoding.ggml_type.bytes_for(row).map_err(decode_error)?;
+        let mut values = vec![0.0_f32; as_usize(row)];
+        scratch.clear();
+        blocks.resize(as_usize(row_bytes), 0);
+        for index in first..last {
+            let source_row = encoding.source_row(index);
+            self.files.read(&tensor.fqn, (*file, range.start() + source_row * row_bytes), blocks, self.meters)?;
+            timed(&self.meters.encode_ns, || crate::format::dequantize(encoding.ggml_type, blocks, &mut values)).map_err(decode_error)?;
+            scratch.extend(values.iter().flat_map(|value| value.to_le_bytes()));
+        }
+        debug_assert_eq!(as_u64(scratch.len()), span.elements.len() * 4, "whole rows of f32");
+        Ok(())
+    }
+}

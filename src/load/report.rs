@@ -1,0 +1,80 @@
+//! The figures of one rank's load.
+
+use std::sync::atomic::{AtomicU64, Ordering};
+use std::time::Duration;
+
+use serde::{Deserialize, Serialize};
+
+use crate::types::Rank;
+
+/// What one rank's load took.
+#[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
+pub struct LoadReport {
+    /// The rank.
+    pub rank: Rank,
+    /// Bytes that left storage at this rank.
+    pub storage_bytes: u64,
+    /// Payload bytes sent to peers.
+    pub sent_bytes: u64,
+    /// Payload bytes received.
+    pub received_bytes: u64,
+    /// Weights and statistics kept, without padding.
+    pub weights_bytes: u64,
+    /// Values that were quantized.
+    pub quantized_values: u64,
+    /// Input values that were NaN or infinite.
+    pub non_finite_values: u64,
+    /// Wall time in seconds.
+    pub wall_s: f64,
+    /// Time in each stage.
+    pub stages: StageTimes,
+    /// Peak resident memory of the process.
+    pub peak_resident_bytes: u64,
+}
+
+/// Seconds spent in each stage, summed over the threads that work in it; waiting for others is not counted, except in
+/// `exchange_s`, where it cannot be told from moving.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Serialize, Deserialize)]
+pub struct StageTimes {
+    /// Reading from storage.
+    pub read_s: f64,
+    /// Quantizing and converting.
+    pub encode_s: f64,
+    /// In collectives.
+    pub exchange_s: f64,
+    /// Copying into the rank's own memory.
+    pub place_s: f64,
+}
+
+/// Times and counts that several threads add to.
+#[derive(Debug, Default)]
+pub(super) struct Meters {
+    pub(super) read_ns: AtomicU64,
+    pub(super) encode_ns: AtomicU64,
+    pub(super) exchange_ns: AtomicU64,
+    pub(super) place_ns: AtomicU64,
+    pub(super) quantized_values: AtomicU64,
+    pub(super) non_finite_values: AtomicU64,
+    pub(super) done_bytes: AtomicU64,
+}
+
+impl Meters {
+    pub(super) fn stages(&self) -> StageTimes {
+        let seconds = |meter: &AtomicU64| Duration::from_nanos(meter.load(Ordering::Relaxed)).as_secs_f64();
+        StageTimes {
+            read_s: seconds(&self.read_ns),
+            encode_s: seconds(&self.encode_ns),
+            exchange_s: seconds(&self.exchange_ns),
+            place_s: seconds(&self.place_ns),
+        }
+    }
+}
+
+/// Runs `work` and adds its time to `meter`.
+pub(super) fn timed<R>(meter: &AtomicU64, work: impl FnOnce() -> R) -> R {
+    let start = crate::clock::now();
+    let result = work();
+    let nanoseconds = u64::try_from(start.elapsed().as_nanos()).unwrap_or(u64::MAX);
+    meter.fetch_add(nanoseconds, Ordering::Relaxed);
+    result
+}

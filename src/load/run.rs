@@ -1,0 +1,222 @@
+//! One rank's load from start to end: the walk through the plan's pieces (`LD-1`).
+
+use std::sync::Arc;
+use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};
+use std::thread;
+
+use super::encode::Encoder;
+use super::jobs::Work;
+use super::pipeline::Pipeline;
+use super::place::{Mover, Route};
+use super::report::{LoadReport, Meters, timed};
+use super::source::Files;
+use super::{LoadError, statistics};
+use crate::comm::Communicator;
+use crate::plan::{Input, LoadPlan, Part, Piece, Strategy, f32Bits};
+use crate::quant::Kernels;
+use crate::state::StateDict;
+use crate::store::Store;
+use crate::types::{ByteRange, Rank, as_u64, as_usize};
+
+/// Ends a load from outside; a communicator is ended by its own handle.
+#[derive(Clone, Debug, Default)]
+pub struct Cancel(Arc<AtomicBool>);
+
+impl Cancel {
+    /// Asks the load to end at its next chunk.
+    pub fn cancel(&self) {
+        self.0.store(true, Ordering::Relaxed);
+    }
+
+    /// Whether it was asked to end.
+    #[must_use]
+    pub fn is_cancelled(&self) -> bool {
+        self.0.load(Ordering::Relaxed)
+    }
+}
+
+/// What a load needs besides its plan.
+#[derive(Debug)]
+pub struct LoadOptions<'a> {
+    /// The rank that loads.
+    pub rank: Rank,
+    /// Where the plan's files are.
+    pub store: &'a dyn Store,
+    /// The kernels to quantize with.
+    pub kernels: Kernels,
+    /// Ends the load.
+    pub cancel: Cancel,
+    /// Gets the bytes kept so far; read by whoever shows progress.
+    pub done_bytes: Arc<AtomicU64>,
+}
+
+/// Carries out `plan` on one rank. `comm` is needed unless the strategy is [`Strategy::Full`] or the world is one rank.
+///
+/// # Errors
+/// [`LoadError`]; then the communicator must be aborted by the caller, and the generation is over.
+pub fn load(
+    plan: &LoadPlan,
+    options: &LoadOptions<'_>,
+    comm: Option<&mut dyn Communicator>,
+) -> Result<(StateDict, LoadReport), LoadError> {
+    let start = crate::clock::now();
+    let meters = Meters::default();
+    let mut state = StateDict::allocate(plan, options.rank)?;
+    let comm = comm.filter(|_| plan.strategy != Strategy::Full && plan.world.get() > 1);
+    let reads = plan.reads(options.rank);
+    let files = if reads { Files::open(plan, options.store)? } else { Files::Model(Vec::new()) };
+    let encoder = Encoder { files: &files, meters: &meters, kernels: options.kernels };
+    let pipeline = Pipeline::new(plan);
+    let mover = Mover { rank: options.rank, comm, state: &mut state, meters: &meters };
+
+    thread::scope(|scope| {
+        let threads = if reads {
+            pipeline.start(scope, (plan, options.rank), encoder, &options.cancel)?
+        } else {
+            Vec::new()
+        };
+        let walked = walk(plan, options, &pipeline, mover);
+        pipeline.close();
+        for thread in threads {
+            // A panic of a reader thread is this thread's panic.
+            thread.join().unwrap_or_else(|panic| std::panic::resume_unwind(panic));
+        }
+        walked
+    })?;
+
+    let report = LoadReport {
+        rank: options.rank,
+        storage_bytes: 0,
+        sent_bytes: 0,
+        received_bytes: 0,
+        weights_bytes: plan.kept_bytes(options.rank),
+        quantized_values: meters.quantized_values.load(Ordering::Relaxed),
+        non_finite_values: meters.non_finite_values.load(Ordering::Relaxed),
+        wall_s: start.elapsed().as_secs_f64(),
+        stages: meters.stages(),
+        peak_resident_bytes: 0,
+    };
+    Ok((state, report))
+}
+
+fn walk(
+    plan: &LoadPlan,
+    options: &LoadOptions<'_>,
+    pipeline: &Pipeline,
+    mut mover: Mover<'_, '_>,
+) -> Result<(), LoadError> {
+    for (index, tensor) in plan.tensors.iter().enumerate() {
+        if options.cancel.is_cancelled() {
+            return Err(LoadError::Cancelled);
+        }
+        let route = Route::new(plan, index, tensor);
+        let alone = plan.strategy == Strategy::Full;
+        let reader = alone || tensor.reader == options.rank;
+        match (&tensor.input, reader) {
+            (Input::Elements { .. }, true) => send_encoded(plan, options, pipeline, &mut mover, &route)?,
+            (Input::Stored { .. }, true) => send_stored(plan, pipeline, &mut mover, &route)?,
+            (_, false) => {
+                for piece in moving_pieces(plan, &route) {
+                    mover.receive(&route, piece, tensor.reader)?;
+                }
+            }
+        }
+        if let Input::Stored { nested_offset: Some(f32Bits(bits)), .. } = tensor.input {
+            place_offset(&mut mover, &route, bits);
+        }
+        options.done_bytes.store(mover.meters.done_bytes.load(Ordering::Relaxed), Ordering::Relaxed);
+    }
+    Ok(())
+}
+
+/// The pieces that take a collective; a stored tensor's nested offset is in the plan already.
+fn moving_pieces(plan: &LoadPlan, route: &Route<'_>) -> Vec<Piece> {
+    let stored = matches!(route.tensor.input, Input::Stored { .. });
+    let components = route.tensor.components();
+    let part = |piece: &Piece| components.get(piece.component).map(|component| component.part);
+    let mut pieces = route.tensor.pieces(plan.chunking.chunk_bytes);
+    pieces.retain(|piece| !(stored && part(piece) == Some(Part::NestedOffset)) && !piece.range.is_empty());
+    pieces
+}
+
+/// A reader's end for a tensor that it encodes.
+fn send_encoded(
+    plan: &LoadPlan,
+    options: &LoadOptions<'_>,
+    pipeline: &Pipeline,
+    mover: &mut Mover<'_, '_>,
+    route: &Route<'_>,
+) -> Result<(), LoadError> {
+    let alone = plan.strategy == Strategy::Full;
+    let mut collected = Vec::new();
+    let spans = super::jobs::jobs_of(plan, options.rank, route.index);
+    // Alone and with only a part of the tensor encoded, its statistics start at that part.
+    let mut first_element = None;
+    for _ in 0..spans {
+        let mut chunk = pipeline.next()?;
+        let Work::Encode(span) = chunk.job.work else { return Err(out_of_order(route)) };
+        if chunk.job.tensor != route.index {
+            return Err(out_of_order(route));
+        }
+        first_element.get_or_insert(span.elements.start());
+        let piece = Piece { component: 0, range: span.weight };
+        if !piece.range.is_empty() {
+            mover.deliver(route, piece, &mut chunk.encoded.weight)?;
+        }
+        collected.extend_from_slice(&chunk.encoded.statistics);
+        pipeline.recycle(chunk.encoded);
+    }
+    let statistics = timed(&mover.meters.encode_ns, || statistics::finish(route.tensor, &collected, options.kernels))?;
+    for (component, mut bytes) in statistics {
+        let start = if alone { statistics_start(route, component, first_element.unwrap_or(0)) } else { 0 };
+        let chunk_bytes = as_usize(plan.chunking.chunk_bytes.max(1));
+        let mut at = start;
+        for part in bytes.chunks_mut(chunk_bytes) {
+            let range = ByteRange::with_len(at, as_u64(part.len())).unwrap_or_default();
+            mover.deliver(route, Piece { component, range }, part)?;
+            at = range.end();
+        }
+    }
+    Ok(())
+}
+
+/// Where in a component the statistics of elements from `first_element` on start.
+fn statistics_start(route: &Route<'_>, component: usize, first_element: u64) -> u64 {
+    let tensor = route.tensor;
+    let (Some(whole), Some(from)) =
+        (tensor.components().into_iter().nth(component), ByteRange::new(first_element, tensor.elements()))
+    else {
+        return 0;
+    };
+    tensor.encoding.part_range(whole.part, from, tensor.row_elements(), crate::plan::Claim::Kept).start()
+}
+
+/// A reader's end for a tensor that is stored in its final form.
+fn send_stored(
+    plan: &LoadPlan,
+    pipeline: &Pipeline,
+    mover: &mut Mover<'_, '_>,
+    route: &Route<'_>,
+) -> Result<(), LoadError> {
+    for _ in 0..super::jobs::jobs_of(plan, mover.rank, route.index) {
+        let mut chunk = pipeline.next()?;
+        let Work::Copy { component, range } = chunk.job.work else { return Err(out_of_order(route)) };
+        if chunk.job.tensor != route.index {
+            return Err(out_of_order(route));
+        }
+        mover.deliver(route, Piece { component, range }, &mut chunk.encoded.weight)?;
+        pipeline.recycle(chunk.encoded);
+    }
+    Ok(())
+}
+
+fn place_offset(mover: &mut Mover<'_, '_>, route: &Route<'_>, bits: u32) {
+    let component = route.tensor.components().iter().position(|component| component.part == Part::NestedOffset);
+    if let Some(component) = component {
+        mover.state.kept_mut(route.index, component).copy_from_slice(&bits.to_le_bytes());
+    }
+}
+
+fn out_of_order(route: &Route<'_>) -> LoadError {
+    LoadError::Plan { fqn: route.tensor.fqn.clone(), what: "the reader's chunks are out of order" }
+}

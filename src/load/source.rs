@@ -1,0 +1,91 @@
+//! The files that a plan reads from, open.
+
+use super::LoadError;
+use super::report::{Meters, timed};
+use crate::checkpoint::VerifiedFile;
+use crate::plan::LoadPlan;
+use crate::store::{ReadAt, Store};
+use crate::types::{ByteRange, Fqn, as_usize};
+
+/// All files of a plan.
+#[derive(Debug)]
+pub(super) enum Files {
+    /// A model's: their headers were checked when the plan was made.
+    Model(Vec<Box<dyn ReadAt>>),
+    /// A checkpoint's: every touched block is verified.
+    Checkpoint(Vec<VerifiedFile>),
+}
+
+impl Files {
+    /// Opens the files and checks their lengths against the plan.
+    pub(super) fn open(plan: &LoadPlan, store: &dyn Store) -> Result<Self, LoadError> {
+        if plan.digest_tables.is_empty() {
+            let mut files = Vec::with_capacity(plan.files.len());
+            for entry in &plan.files {
+                let file = store.open(&entry.name)?;
+                if file.len_bytes() != entry.len_bytes {
+                    return Err(LoadError::Changed {
+                        path: store.describe(&entry.name),
+                        expected_bytes: entry.len_bytes,
+                        found_bytes: file.len_bytes(),
+                    });
+                }
+                files.push(file);
+            }
+            return Ok(Self::Model(files));
+        }
+        let mut files = Vec::with_capacity(plan.files.len());
+        for (entry, table) in plan.files.iter().zip(&plan.digest_tables) {
+            files.push(VerifiedFile::open(store, &entry.name, entry.len_bytes, *table)?);
+        }
+        Ok(Self::Checkpoint(files))
+    }
+
+    /// Fills `into` with a file's bytes from `offset`, for tensor `fqn`.
+    pub(super) fn read(
+        &self,
+        fqn: &Fqn,
+        (file, offset): (u32, u64),
+        into: &mut [u8],
+        meters: &Meters,
+    ) -> Result<(), LoadError> {
+        let unlisted = || LoadError::Plan { fqn: fqn.clone(), what: "it names a file that is not listed" };
+        let file = as_usize(u64::from(file));
+        timed(&meters.read_ns, || match self {
+            Self::Model(files) => files
+                .get(file)
+                .ok_or_else(unlisted)?
+                .read_exact_at(offset, into)
+                .map_err(|source| LoadError::Read { fqn: fqn.clone(), source }),
+            Self::Checkpoint(files) => {
+                Ok(files.get(file).ok_or_else(unlisted)?.read_exact_at(offset, into, fqn.as_str())?)
+            }
+        })
+    }
+
+    /// Fills `into` with the bytes `wanted` of a component that is stored in `chunks`.
+    pub(super) fn read_stored(
+        &self,
+        fqn: &Fqn,
+        chunks: &[crate::plan::StoredChunk],
+        wanted: ByteRange,
+        into: &mut [u8],
+        meters: &Meters,
+    ) -> Result<(), LoadError> {
+        let mut filled = 0;
+        for chunk in chunks {
+            let whole = ByteRange::with_len(chunk.at, chunk.range.len()).unwrap_or_default();
+            let Some(part) = whole.intersect(wanted) else { continue };
+            let offset = chunk.range.start() + (part.start() - chunk.at);
+            let target = as_usize(part.start() - wanted.start())..as_usize(part.end() - wanted.start());
+            let target = into.get_mut(target).unwrap_or_default();
+            self.read(fqn, (chunk.file, offset), target, meters)?;
+            filled += part.len();
+        }
+        if filled == wanted.len() {
+            Ok(())
+        } else {
+            Err(LoadError::Plan { fqn: fqn.clone(), what: "its stored chunks have a hole" })
+        }
+    }
+}

@@ -1,0 +1,153 @@
+//! The checkpoint's table of contents: encode, decode, check coverage, seal. The contract is docs/FORMAT.md.
+//!
+//! Owns: [`Manifest`], [`ShardReceipt`], [`seal`] and the checks `FM-2` (own digest) and `FM-3` (coverage).
+//! Refuses to know: files, directories, ranks' memory; it is given receipts and gives bytes.
+
+mod codec;
+mod coverage;
+mod seal;
+
+use serde::{Deserialize, Serialize};
+
+pub use codec::{MAX_MANIFEST_BYTES, ManifestError};
+pub use coverage::CoverageError;
+pub use seal::{SealError, SealRequest, seal};
+
+use crate::plan::{Encoding, Part, Placement, f32Bits};
+use crate::types::{Attempt, ByteRange, DType, DigestTable, Fqn, Generation, Rank, Shape, Step, TensorDigest, WorldSize};
+
+/// The version of the format that this build writes.
+pub const MANIFEST_VERSION: u32 = 1;
+
+/// A committed checkpoint in all its parts.
+#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
+pub struct Manifest {
+    /// The version of the format.
+    pub weightcast_manifest: u32,
+    /// The step that was saved.
+    pub step: Step,
+    /// The try that was committed.
+    pub attempt: Attempt,
+    /// The generation that wrote it.
+    pub generation: Generation,
+    /// The number of ranks that wrote it.
+    pub world: WorldSize,
+    /// How tensors were cut.
+    pub placement: Placement,
+    /// The model in words.
+    pub model: String,
+    /// The text of config.json.
+    pub config_json: Option<String>,
+    /// The trainer's state.
+    pub trainer: TrainerState,
+    /// The shard files.
+    pub files: Vec<ShardFile>,
+    /// The logical tensors in model order.
+    pub tensors: Vec<SavedTensor>,
+    /// Tied weights: alias, target.
+    pub aliases: Vec<(Fqn, Fqn)>,
+}
+
+/// Where training stood.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Serialize, Deserialize)]
+pub struct TrainerState {
+    /// Optimizer steps done.
+    pub step: Step,
+}
+
+/// One shard file.
+#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
+pub struct ShardFile {
+    /// Its name within the checkpoint's directory.
+    pub name: String,
+    /// The rank that wrote it.
+    pub rank: Rank,
+    /// Its length.
+    pub bytes: u64,
+    /// Its block digests.
+    pub digest_table: DigestTable,
+}
+
+/// One logical tensor.
+#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
+pub struct SavedTensor {
+    /// Its name.
+    pub fqn: Fqn,
+    /// Its logical shape.
+    pub shape: Shape,
+    /// Its form.
+    pub encoding: Encoding,
+    /// Whether it was cut over the ranks.
+    pub sharded: bool,
+    /// The mean of nested statistics.
+    pub nested_offset: Option<f32Bits>,
+    /// The digest of all its bytes, independent of the number of ranks.
+    pub digest: TensorDigest,
+    /// Its components.
+    pub parts: Vec<SavedPart>,
+}
+
+/// One component of a logical tensor.
+#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
+pub struct SavedPart {
+    /// Its role.
+    pub part: Part,
+    /// Its name in the shard files.
+    pub name: String,
+    /// Its element type.
+    pub dtype: DType,
+    /// Its shape, whole.
+    pub shape: Shape,
+    /// Where its bytes are, ordered by `at`.
+    pub chunks: Vec<SavedChunk>,
+}
+
+/// A contiguous range of a component in a file.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize, Deserialize)]
+pub struct SavedChunk {
+    /// Index into [`Manifest::files`].
+    pub file: u32,
+    /// The bytes of the file.
+    pub range: ByteRange,
+    /// Their position in the component.
+    pub at: u64,
+    /// Their digest.
+    pub digest: TensorDigest,
+}
+
+/// What one rank says it wrote.
+#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
+pub struct ShardReceipt {
+    /// The rank.
+    pub rank: Rank,
+    /// Its file; absent when it owns no byte.
+    pub file: Option<ShardFile>,
+    /// The chunks in it: tensor index in the plan, component index, and where they are (`file` is 0).
+    pub chunks: Vec<ReceiptChunk>,
+    /// The nested offsets of the tensors that the rank is the reader of: tensor index and bits.
+    pub nested_offsets: Vec<(usize, f32Bits)>,
+}
+
+/// A chunk in a receipt.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize, Deserialize)]
+pub struct ReceiptChunk {
+    /// Index into the plan's tensors.
+    pub tensor: usize,
+    /// Index into the tensor's components.
+    pub component: usize,
+    /// Where it is; `file` is 0 until sealed.
+    pub chunk: SavedChunk,
+}
+
+/// The name of a component in a shard file, as bitsandbytes names it.
+#[must_use]
+pub fn part_name(fqn: &Fqn, encoding: &Encoding, part: Part) -> String {
+    let name = fqn.as_str();
+    match (encoding, part) {
+        (_, Part::Weight) => name.to_owned(),
+        (Encoding::Int8, _) => format!("{}.SCB", name.strip_suffix(".weight").unwrap_or(name)),
+        (_, Part::Absmax) => format!("{name}.absmax"),
+        (_, Part::NestedAbsmax) => format!("{name}.nested_absmax"),
+        (_, Part::NestedOffset | Part::RowAbsmax) => format!("{name}.nested_offset"),
+    }
+}

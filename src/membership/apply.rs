@@ -1,0 +1,243 @@
+//! The transitions.
+
+use super::{Cause, Effect, Event, ExitPolicy, JoinInfo, Member, Membership, Phase, Progress, Refusal, Save};
+use crate::clock::Instant;
+use crate::manifest::ShardReceipt;
+use crate::types::{Attempt, Generation, Rank, Step};
+
+impl Membership {
+    /// Applies one event. What the shell must do comes back; a refusal has changed nothing.
+    ///
+    /// # Errors
+    /// [`Refusal`], to be told to whoever caused the event.
+    pub fn apply(&mut self, now: Instant, event: Event) -> Result<Vec<Effect>, Refusal> {
+        match event {
+            Event::Join(info) => self.join(now, info),
+            Event::Renew { member, progress } => self.renew(now, &member, progress),
+            Event::GenerationDurable(generation) => Ok(self.open(generation)),
+            Event::Loaded { member, generation } => self.loaded(&member, generation),
+            Event::SaveBegun { attempt, directory } => Ok(self.save_begun(attempt, directory)),
+            Event::Saved { member, generation, step, attempt, receipt } => {
+                self.saved((&member, generation), (step, attempt), *receipt)
+            }
+            Event::Committed { directory } => Ok(self.committed(directory)),
+            Event::ShellFailed { message, exit_code } => Ok(self.abort(Cause { rank: None, message, exit_code })),
+            Event::Failed { member, generation, message, exit_code, lost_peer } => {
+                self.failed((&member, generation), message, (exit_code, lost_peer))
+            }
+            Event::ProcessEnded { rank, message, exit_code } => {
+                Ok(self.abort(Cause { rank: Some(rank), message: format!("rank {rank} {message}"), exit_code }))
+            }
+            Event::SaveRequested(step) => self.save_requested(step),
+            Event::DrainRequested => self.drain_requested(),
+            Event::Tick => Ok(self.tick(now)),
+        }
+    }
+
+    pub(super) fn member(&self, rank: Rank) -> Option<&Member> {
+        self.members.get(rank.index()).and_then(Option::as_ref)
+    }
+
+    fn join(&mut self, now: Instant, info: JoinInfo) -> Result<Vec<Effect>, Refusal> {
+        self.refuse_if_over()?;
+        let world = self.settings.world.get();
+        if info.rank.0 >= world {
+            return Err(Refusal::NoSuchRank { rank: info.rank.0, world });
+        }
+        if info.world != world {
+            return Err(Refusal::OtherWorld { rank: info.rank.0, expected: world, found: info.world });
+        }
+        if let Some(holder) = self.member(info.rank) {
+            if holder.info.request_id == info.request_id {
+                return Ok(Vec::new());
+            }
+            return Err(Refusal::RankTaken {
+                rank: info.rank.0,
+                process_id: holder.info.process_id,
+                host: holder.info.host.clone(),
+            });
+        }
+        let id = format!("{}-{}", info.rank, self.next_member);
+        self.next_member += 1;
+        let progress = Progress { stage: "joining".to_owned(), ..Progress::default() };
+        let index = info.rank.index();
+        if let Some(place) = self.members.get_mut(index) {
+            *place = Some(Member { id, info, renewed: now, progress, loaded: false });
+        }
+        if self.phase == Phase::Forming && self.members.iter().all(Option::is_some) {
+            self.phase = Phase::Opening;
+            // MS-1: announced by `open` after the shell has made it durable.
+            return Ok(vec![Effect::PersistGeneration(self.generation.next())]);
+        }
+        Ok(Vec::new())
+    }
+
+    fn open(&mut self, generation: Generation) -> Vec<Effect> {
+        if self.phase == Phase::Opening {
+            self.generation = generation;
+            self.phase = Phase::Loading;
+        }
+        Vec::new()
+    }
+
+    fn renew(&mut self, now: Instant, member: &str, progress: Progress) -> Result<Vec<Effect>, Refusal> {
+        let found = self.current(member)?;
+        found.renewed = now;
+        found.progress = progress;
+        Ok(Vec::new())
+    }
+
+    fn loaded(&mut self, member: &str, generation: Generation) -> Result<Vec<Effect>, Refusal> {
+        self.of_generation(member, generation)?.loaded = true;
+        let all = self.members.iter().flatten().all(|member| member.loaded);
+        if self.phase != Phase::Loading || !all {
+            return Ok(Vec::new());
+        }
+        match self.settings.after_load.save {
+            Some(step) => {
+                self.phase = Phase::Beginning { step };
+                Ok(vec![Effect::BeginSave(step)])
+            }
+            None => Ok(self.work_done()),
+        }
+    }
+
+    fn save_begun(&mut self, attempt: Attempt, directory: String) -> Vec<Effect> {
+        if let Phase::Beginning { step } = self.phase {
+            let save = Save { step, attempt, directory };
+            self.phase = Phase::Saving { save, receipts: Vec::new() };
+        }
+        Vec::new()
+    }
+
+    fn saved(
+        &mut self,
+        (member, generation): (&str, Generation),
+        (step, attempt): (Step, Attempt),
+        receipt: ShardReceipt,
+    ) -> Result<Vec<Effect>, Refusal> {
+        let rank = self.of_generation(member, generation)?.info.rank;
+        let world = self.settings.world.count();
+        let Phase::Saving { save, receipts } = &mut self.phase else { return Ok(Vec::new()) };
+        let repeated = receipts.iter().any(|known| known.rank == rank);
+        if (save.step, save.attempt) != (step, attempt) || receipt.rank != rank || repeated {
+            return Ok(Vec::new());
+        }
+        receipts.push(receipt);
+        if receipts.len() < world {
+            return Ok(Vec::new());
+        }
+        let (save, receipts) = (save.clone(), std::mem::take(receipts));
+        self.phase = Phase::Committing { save: save.clone() };
+        Ok(vec![Effect::Commit { save, receipts, generation }])
+    }
+
+    fn committed(&mut self, directory: String) -> Vec<Effect> {
+        if !matches!(self.phase, Phase::Committing { .. }) {
+            return Vec::new();
+        }
+        self.last_checkpoint = Some(directory);
+        self.work_done()
+    }
+
+    /// The work asked for is done: end, or hold and wait.
+    fn work_done(&mut self) -> Vec<Effect> {
+        let ends = self.draining || self.settings.after_load.then == ExitPolicy::Exit;
+        self.phase = if ends { Phase::Finished } else { Phase::Holding };
+        Vec::new()
+    }
+
+    fn failed(
+        &mut self,
+        (member, generation): (&str, Generation),
+        message: String,
+        (exit_code, lost_peer): (u8, Option<Rank>),
+    ) -> Result<Vec<Effect>, Refusal> {
+        let witness = self.of_generation(member, generation)?.info.rank;
+        // A rank that lost a peer is a witness; the peer is the cause.
+        let cause = match lost_peer {
+            Some(peer) => {
+                let message = format!("rank {peer} was lost (seen by rank {witness}: {message})");
+                Cause { rank: Some(peer), message, exit_code }
+            }
+            None => Cause { rank: Some(witness), message: format!("rank {witness}: {message}"), exit_code },
+        };
+        Ok(self.abort(cause))
+    }
+
+    /// MS-3: the first cause stands.
+    fn abort(&mut self, cause: Cause) -> Vec<Effect> {
+        if !self.is_over() {
+            self.phase = Phase::Aborted(cause);
+        }
+        Vec::new()
+    }
+
+    fn save_requested(&mut self, step: Step) -> Result<Vec<Effect>, Refusal> {
+        self.refuse_if_over()?;
+        if self.phase != Phase::Holding {
+            return Err(Refusal::NotNow { phase: self.phase.name(), request: "save" });
+        }
+        self.phase = Phase::Beginning { step };
+        Ok(vec![Effect::BeginSave(step)])
+    }
+
+    fn drain_requested(&mut self) -> Result<Vec<Effect>, Refusal> {
+        self.refuse_if_over()?;
+        self.draining = true;
+        if self.phase == Phase::Holding {
+            self.phase = Phase::Finished;
+        }
+        Ok(Vec::new())
+    }
+
+    fn tick(&mut self, now: Instant) -> Vec<Effect> {
+        let expired = self.expired(now);
+        let never_joined = if self.phase == Phase::Forming { self.never_joined(now) } else { None };
+        match expired.or(never_joined) {
+            Some(cause) => self.abort(cause),
+            None => Vec::new(),
+        }
+    }
+
+    fn refuse_if_over(&self) -> Result<(), Refusal> {
+        match &self.phase {
+            Phase::Aborted(cause) => Err(Refusal::Over { message: cause.message.clone() }),
+            Phase::Finished => Err(Refusal::Over { message: "it is finished".to_owned() }),
+            _ => Ok(()),
+        }
+    }
+
+    fn current(&mut self, member: &str) -> Result<&mut Member, Refusal> {
+        let generation = self.generation.0;
+        self.members
+            .iter_mut()
+            .flatten()
+            .find(|known| known.id == member)
+            .ok_or_else(|| Refusal::Stale { member: member.to_owned(), generation })
+    }
+
+    /// MS-2.
+    fn of_generation(&mut self, member: &str, generation: Generation) -> Result<&mut Member, Refusal> {
+        if generation == self.generation {
+            self.current(member)
+        } else {
+            Err(Refusal::Stale { member: member.to_owned(), generation: self.generation.0 })
+        }
+    }
+}
+
+impl Phase {
+    /// The phase in a word.
+    #[must_use]
+    pub const fn name(&self) -> &'static str {
+        match self {
+            Self::Forming | Self::Opening => "forming",
+            Self::Loading => "loading",
+            Self::Holding => "holding",
+            Self::Beginning { .. } | Self::Saving { .. } | Self::Committing { .. } => "saving",
+            Self::Finished => "finished",
+            Self::Aborted(_) => "aborted",
+        }
+    }
+}

@@ -1,0 +1,215 @@
+//! What can happen to a job, what it asks of its shell, and why it refuses.
+
+use crate::error::{Classify, Kind};
+use crate::manifest::ShardReceipt;
+use crate::types::{Attempt, Generation, Rank, Step};
+
+/// What follows when the work asked for is done.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
+pub enum ExitPolicy {
+    /// The job ends with success.
+    #[default]
+    Exit,
+    /// The ranks stay resident and wait for commands.
+    Hold,
+}
+
+/// What a rank says when it joins.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct JoinInfo {
+    /// Chosen by the rank; the same id is the same join.
+    pub request_id: String,
+    /// Its rank.
+    pub rank: Rank,
+    /// The world size that it was started with.
+    pub world: u32,
+    /// Its host's name.
+    pub host: String,
+    /// Its process id.
+    pub process_id: u32,
+    /// Where its data plane listens.
+    pub data_address: String,
+    /// Its device in words.
+    pub device: String,
+}
+
+/// How far a rank is.
+#[derive(Clone, Debug, Default, PartialEq, Eq)]
+pub struct Progress {
+    /// The stage in a word.
+    pub stage: String,
+    /// Bytes done.
+    pub done_bytes: u64,
+    /// Bytes in all.
+    pub total_bytes: u64,
+    /// Peak resident memory of its process.
+    pub peak_resident_bytes: u64,
+}
+
+/// Something that happened.
+#[derive(Clone, Debug)]
+pub enum Event {
+    /// A rank wants to take part.
+    Join(JoinInfo),
+    /// A rank lives.
+    Renew {
+        /// The member.
+        member: String,
+        /// How far it is.
+        progress: Progress,
+    },
+    /// The shell has made the next generation durable.
+    GenerationDurable(Generation),
+    /// A rank has loaded.
+    Loaded {
+        /// The member.
+        member: String,
+        /// Its generation.
+        generation: Generation,
+    },
+    /// The shell has begun an attempt.
+    SaveBegun {
+        /// The try.
+        attempt: Attempt,
+        /// Its directory.
+        directory: String,
+    },
+    /// A rank has written its shard.
+    Saved {
+        /// The member.
+        member: String,
+        /// Its generation.
+        generation: Generation,
+        /// The step it wrote.
+        step: Step,
+        /// The try it wrote for.
+        attempt: Attempt,
+        /// What it wrote.
+        receipt: Box<ShardReceipt>,
+    },
+    /// The shell has committed the checkpoint.
+    Committed {
+        /// Its directory.
+        directory: String,
+    },
+    /// The shell could not do what an effect asked.
+    ShellFailed {
+        /// What went wrong.
+        message: String,
+        /// The exit code.
+        exit_code: u8,
+    },
+    /// A rank cannot go on.
+    Failed {
+        /// The member.
+        member: String,
+        /// Its generation.
+        generation: Generation,
+        /// What went wrong.
+        message: String,
+        /// Its exit code.
+        exit_code: u8,
+        /// The peer that it lost, if that is why.
+        lost_peer: Option<Rank>,
+    },
+    /// The launcher saw a rank's process end with failure.
+    ProcessEnded {
+        /// The rank.
+        rank: Rank,
+        /// How, in words.
+        message: String,
+        /// The exit code.
+        exit_code: u8,
+    },
+    /// Somebody asks for a checkpoint now.
+    SaveRequested(Step),
+    /// Somebody asks for an orderly end.
+    DrainRequested,
+    /// Time passes.
+    Tick,
+}
+
+/// What the shell must do.
+#[derive(Clone, Debug)]
+pub enum Effect {
+    /// Make this generation number durable, then report [`Event::GenerationDurable`].
+    PersistGeneration(Generation),
+    /// Begin an attempt at this step, then report [`Event::SaveBegun`].
+    BeginSave(Step),
+    /// Seal and publish, then report [`Event::Committed`].
+    Commit {
+        /// What was written.
+        save: super::Save,
+        /// By whom.
+        receipts: Vec<ShardReceipt>,
+        /// In which generation.
+        generation: Generation,
+    },
+}
+
+/// Why a request is refused; nothing has changed then.
+#[derive(Clone, Debug, PartialEq, Eq, thiserror::Error)]
+#[non_exhaustive]
+pub enum Refusal {
+    /// The rank does not exist in this world.
+    #[error("rank {rank} does not exist in a world of {world}")]
+    NoSuchRank {
+        /// The rank.
+        rank: u32,
+        /// The world size.
+        world: u32,
+    },
+    /// The rank was started with another world size.
+    #[error("rank {rank} was started for a world of {found}, this job has {expected}")]
+    OtherWorld {
+        /// The rank.
+        rank: u32,
+        /// The job's world size.
+        expected: u32,
+        /// The rank's.
+        found: u32,
+    },
+    /// Somebody has this rank already.
+    #[error("rank {rank} is taken by process {process_id} on {host}")]
+    RankTaken {
+        /// The rank.
+        rank: u32,
+        /// Its holder's process id.
+        process_id: u32,
+        /// Its holder's host.
+        host: String,
+    },
+    /// The member is not, or no longer, part of the job.
+    #[error("member {member} is not part of generation {generation}")]
+    Stale {
+        /// The member.
+        member: String,
+        /// The current generation.
+        generation: u64,
+    },
+    /// The job has ended.
+    #[error("the job has ended: {message}")]
+    Over {
+        /// How.
+        message: String,
+    },
+    /// The job cannot do this now.
+    #[error("the job is {phase} and cannot {request} now")]
+    NotNow {
+        /// What it is doing.
+        phase: &'static str,
+        /// What was asked.
+        request: &'static str,
+    },
+}
+
+impl Classify for Refusal {
+    fn kind(&self) -> Kind {
+        match self {
+            Self::NoSuchRank { .. } | Self::OtherWorld { .. } => Kind::Exhausted,
+            Self::RankTaken { .. } => Kind::Conflict,
+            Self::Stale { .. } | Self::Over { .. } => Kind::Fenced,
+            Self::NotNow { .. } => Kind::Unavailable,
+        }
+    }
+}

@@ -1,0 +1,177 @@
+//! The coordinator's state machine: who is in the job, what the job is doing, and what must happen next.
+//!
+//! Owns: members and their leases, generations, the phases of a job, the cause of an end.
+//! Refuses to know: time (it is an argument), files, RPC, tensors. [`Membership::apply`] is a plain function of its state,
+//! the time and one event; the shell carries out the effects it returns.
+//!
+//! Invariants:
+//! - `MS-1`: a generation number is given out only after the shell has made it durable.
+//! - `MS-2`: a message of another generation, or of a member that is not current, changes nothing (fencing).
+//! - `MS-3`: an aborted or finished job never goes back to work.
+
+mod apply;
+mod event;
+mod leases;
+#[cfg(test)]
+mod tests;
+
+use std::time::Duration;
+
+pub use event::{Effect, Event, ExitPolicy, JoinInfo, Progress, Refusal};
+pub use leases::{LEASE, RENEW_INTERVAL, TICK};
+
+use crate::clock::Instant;
+use crate::manifest::ShardReceipt;
+use crate::types::{Attempt, Generation, Rank, Step, WorldSize};
+
+/// What is to be done when all ranks have loaded.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct AfterLoad {
+    /// Write a checkpoint of this step.
+    pub save: Option<Step>,
+    /// Then stay or end.
+    pub then: ExitPolicy,
+}
+
+/// Fixed figures of a job.
+#[derive(Clone, Copy, Debug)]
+pub struct Settings {
+    /// The number of ranks.
+    pub world: WorldSize,
+    /// What follows the load.
+    pub after_load: AfterLoad,
+    /// How long ranks may take to join.
+    pub join_deadline: Duration,
+}
+
+/// The job as a whole.
+#[derive(Clone, Debug)]
+pub struct Membership {
+    settings: Settings,
+    started: Instant,
+    last_tick: Instant,
+    generation: Generation,
+    phase: Phase,
+    members: Vec<Option<Member>>,
+    next_member: u64,
+    draining: bool,
+    last_checkpoint: Option<String>,
+}
+
+/// What the job is doing.
+#[derive(Clone, Debug, PartialEq)]
+pub enum Phase {
+    /// Ranks join.
+    Forming,
+    /// All have joined; the shell makes the generation durable.
+    Opening,
+    /// Ranks load.
+    Loading,
+    /// Ranks hold their shards.
+    Holding,
+    /// The shell begins an attempt.
+    Beginning {
+        /// The step to save.
+        step: Step,
+    },
+    /// Ranks write.
+    Saving {
+        /// What they write.
+        save: Save,
+        /// What they have reported.
+        receipts: Vec<ShardReceipt>,
+    },
+    /// The shell seals and publishes.
+    Committing {
+        /// What was written.
+        save: Save,
+    },
+    /// Ranks end with success.
+    Finished,
+    /// The generation is cancelled.
+    Aborted(Cause),
+}
+
+/// One try at a checkpoint.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct Save {
+    /// The step.
+    pub step: Step,
+    /// The try.
+    pub attempt: Attempt,
+    /// The directory that ranks write into.
+    pub directory: String,
+}
+
+/// Why a job ended.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct Cause {
+    /// The rank at fault, if one is.
+    pub rank: Option<Rank>,
+    /// What happened.
+    pub message: String,
+    /// The exit code of the job.
+    pub exit_code: u8,
+}
+
+/// A rank that has joined.
+#[derive(Clone, Debug)]
+pub struct Member {
+    /// Names it in later calls.
+    pub id: String,
+    /// What it said when it joined.
+    pub info: JoinInfo,
+    /// When its lease was last renewed.
+    pub renewed: Instant,
+    /// How far it is.
+    pub progress: Progress,
+    loaded: bool,
+}
+
+impl Membership {
+    /// A job that waits for its ranks. `last_generation` is the highest number that was ever made durable.
+    #[must_use]
+    pub fn new(settings: Settings, last_generation: Generation, now: Instant) -> Self {
+        Self {
+            settings,
+            started: now,
+            last_tick: now,
+            generation: last_generation,
+            phase: Phase::Forming,
+            members: vec![None; settings.world.count()],
+            next_member: 1,
+            draining: false,
+            last_checkpoint: None,
+        }
+    }
+
+    /// The current generation, or the last one before it is formed.
+    #[must_use]
+    pub const fn generation(&self) -> Generation {
+        self.generation
+    }
+
+    /// What the job is doing.
+    #[must_use]
+    pub const fn phase(&self) -> &Phase {
+        &self.phase
+    }
+
+    /// The members by rank.
+    #[must_use]
+    pub fn members(&self) -> &[Option<Member>] {
+        &self.members
+    }
+
+    /// The directory of the newest checkpoint that this job has committed.
+    #[must_use]
+    pub fn last_checkpoint(&self) -> Option<&str> {
+        self.last_checkpoint.as_deref()
+    }
+
+    /// Whether the job has ended, well or not.
+    #[must_use]
+    pub const fn is_over(&self) -> bool {
+        matches!(self.phase, Phase::Finished | Phase::Aborted(_))
+    }
+}

@@ -1,0 +1,196 @@
+//! The state machine as a table: events in, phase and effects out, with a clock that the test moves.
+
+use std::time::Duration;
+
+use super::*;
+use crate::manifest::ShardReceipt;
+
+struct Job {
+    membership: Membership,
+    now: Instant,
+}
+
+impl Job {
+    fn new(world: u32, after_load: AfterLoad) -> Self {
+        let now = crate::clock::now();
+        let world = WorldSize::new(world).expect("not zero");
+        let settings = Settings { world, after_load, join_deadline: Duration::from_secs(60) };
+        Self { membership: Membership::new(settings, Generation(7), now), now }
+    }
+
+    fn apply(&mut self, event: Event) -> Result<Vec<Effect>, Refusal> {
+        self.membership.apply(self.now, event)
+    }
+
+    fn join(&mut self, rank: u32) -> Result<Vec<Effect>, Refusal> {
+        let world = u32::try_from(self.membership.members().len()).expect("small");
+        self.apply(Event::Join(JoinInfo {
+            request_id: format!("r{rank}"),
+            rank: Rank(rank),
+            world,
+            host: "a".to_owned(),
+            process_id: 100 + rank,
+            data_address: format!("127.0.0.1:{rank}"),
+            device: "cpu".to_owned(),
+        }))
+    }
+
+    fn id(&self, rank: usize) -> String {
+        self.membership.members()[rank].as_ref().expect("joined").id.clone()
+    }
+
+    /// Joins all ranks and opens generation 8.
+    fn formed(world: u32, after_load: AfterLoad) -> Self {
+        let mut job = Self::new(world, after_load);
+        for rank in 0..world {
+            let effects = job.join(rank).expect("free");
+            assert_eq!(effects.is_empty(), rank + 1 < world);
+        }
+        // MS-1: not announced before it is durable.
+        assert_eq!((job.membership.generation(), job.membership.phase().name()), (Generation(7), "forming"));
+        job.apply(Event::GenerationDurable(Generation(8))).expect("no refusal");
+        assert_eq!((job.membership.generation(), job.membership.phase()), (Generation(8), &Phase::Loading));
+        job
+    }
+
+    fn loaded(&mut self, rank: usize) -> Result<Vec<Effect>, Refusal> {
+        let member = self.id(rank);
+        self.apply(Event::Loaded { member, generation: Generation(8) })
+    }
+
+    fn saved(&mut self, rank: u32) -> Result<Vec<Effect>, Refusal> {
+        let member = self.id(rank as usize);
+        let receipt = ShardReceipt { rank: Rank(rank), file: None, chunks: Vec::new(), nested_offsets: Vec::new() };
+        let (generation, step, attempt) = (Generation(8), Step(0), Attempt(3));
+        self.apply(Event::Saved { member, generation, step, attempt, receipt: Box::new(receipt) })
+    }
+}
+
+const SAVE_AND_EXIT: AfterLoad = AfterLoad { save: Some(Step(0)), then: ExitPolicy::Exit };
+const HOLD: AfterLoad = AfterLoad { save: None, then: ExitPolicy::Hold };
+
+#[test]
+fn a_job_forms_loads_saves_and_finishes() {
+    let mut job = Job::formed(2, SAVE_AND_EXIT);
+    assert!(job.loaded(0).expect("current").is_empty());
+    assert!(matches!(job.loaded(1).expect("current")[..], [Effect::BeginSave(Step(0))]));
+    job.apply(Event::SaveBegun { attempt: Attempt(3), directory: ".tmp/x".to_owned() }).expect("no refusal");
+    assert!(job.saved(0).expect("current").is_empty());
+    assert!(job.saved(0).expect("a repeated receipt is the same receipt").is_empty());
+    let effects = job.saved(1).expect("current");
+    assert!(matches!(&effects[..], [Effect::Commit { receipts, generation: Generation(8), .. }] if receipts.len() == 2));
+    job.apply(Event::Committed { directory: "step-000000000".to_owned() }).expect("no refusal");
+    assert_eq!(job.membership.phase(), &Phase::Finished);
+    assert_eq!(job.membership.last_checkpoint(), Some("step-000000000"));
+}
+
+#[test]
+fn joins_are_refused_with_the_reason() {
+    let mut job = Job::new(2, HOLD);
+    job.join(0).expect("free");
+    assert!(job.join(0).expect("the same request repeated").is_empty());
+    let mut other = JoinInfo {
+        request_id: "other".to_owned(),
+        rank: Rank(0),
+        world: 2,
+        host: "b".to_owned(),
+        process_id: 1,
+        data_address: String::new(),
+        device: String::new(),
+    };
+    let taken = Refusal::RankTaken { rank: 0, process_id: 100, host: "a".to_owned() };
+    assert_eq!(job.apply(Event::Join(other.clone())).expect_err("taken"), taken);
+    other.rank = Rank(5);
+    assert_eq!(job.apply(Event::Join(other.clone())).expect_err("none"), Refusal::NoSuchRank { rank: 5, world: 2 });
+    (other.rank, other.world) = (Rank(1), 3);
+    let refusal = job.apply(Event::Join(other)).expect_err("another world");
+    assert_eq!(refusal, Refusal::OtherWorld { rank: 1, expected: 2, found: 3 });
+}
+
+/// MS-2: another generation and an unknown member change nothing.
+#[test]
+fn ms_2_stale_messages_are_fenced() {
+    let mut job = Job::formed(1, HOLD);
+    let member = job.id(0);
+    let stale = job.apply(Event::Loaded { member, generation: Generation(7) });
+    assert!(matches!(stale, Err(Refusal::Stale { .. })));
+    assert!(matches!(
+        job.apply(Event::Renew { member: "9-9".to_owned(), progress: Progress::default() }),
+        Err(Refusal::Stale { .. })
+    ));
+    assert_eq!(job.membership.phase(), &Phase::Loading);
+}
+
+#[test]
+fn a_silent_rank_is_named_within_three_and_a_half_seconds() {
+    let mut job = Job::formed(2, HOLD);
+    let alive = job.id(0);
+    let start = job.now;
+    while !job.membership.is_over() {
+        job.now += TICK;
+        if job.now.duration_since(start).as_millis().is_multiple_of(500) {
+            job.apply(Event::Renew { member: alive.clone(), progress: Progress::default() }).expect("current");
+        }
+        job.apply(Event::Tick).expect("no refusal");
+        assert!(job.now.duration_since(start) <= Duration::from_millis(3500));
+    }
+    let Phase::Aborted(cause) = job.membership.phase() else { unreachable!("the loop ended by an abort") };
+    assert_eq!((cause.rank, cause.exit_code), (Some(Rank(1)), 69));
+}
+
+/// A coordinator that was itself held up for ten seconds accuses nobody: renewals may be waiting in its queue.
+#[test]
+fn a_late_tick_is_no_evidence() {
+    let mut job = Job::formed(2, HOLD);
+    job.apply(Event::Tick).expect("no refusal");
+    job.now += Duration::from_secs(10);
+    job.apply(Event::Tick).expect("no refusal");
+    assert!(!job.membership.is_over());
+}
+
+/// MS-3: the first cause stands, and a witness is not the culprit.
+#[test]
+fn ms_3_the_first_cause_stands() {
+    let mut job = Job::formed(2, HOLD);
+    let witness = job.id(0);
+    let failed = Event::Failed {
+        member: witness,
+        generation: Generation(8),
+        message: "connection reset".to_owned(),
+        exit_code: 69,
+        lost_peer: Some(Rank(1)),
+    };
+    job.apply(failed).expect("current");
+    job.apply(Event::ProcessEnded { rank: Rank(0), message: "exited".to_owned(), exit_code: 1 }).expect("no refusal");
+    let Phase::Aborted(cause) = job.membership.phase() else { unreachable!("it failed") };
+    assert_eq!(cause.rank, Some(Rank(1)));
+    assert!(job.join(0).is_err());
+}
+
+#[test]
+fn a_holding_job_saves_and_drains_on_request() {
+    let mut job = Job::formed(1, HOLD);
+    assert!(matches!(job.apply(Event::SaveRequested(Step(0))), Err(Refusal::NotNow { phase: "loading", .. })));
+    job.loaded(0).expect("current");
+    assert_eq!(job.membership.phase(), &Phase::Holding);
+    assert!(matches!(job.apply(Event::SaveRequested(Step(0))).expect("now")[..], [Effect::BeginSave(Step(0))]));
+    job.apply(Event::DrainRequested).expect("accepted while saving");
+    job.apply(Event::SaveBegun { attempt: Attempt(3), directory: String::new() }).expect("no refusal");
+    job.saved(0).expect("current");
+    job.apply(Event::Committed { directory: "d".to_owned() }).expect("no refusal");
+    assert_eq!(job.membership.phase(), &Phase::Finished);
+}
+
+#[test]
+fn ranks_that_never_join_are_named() {
+    let mut job = Job::new(3, HOLD);
+    job.join(1).expect("free");
+    for _ in 0..700 {
+        job.now += TICK;
+        let member = job.id(1);
+        job.apply(Event::Renew { member, progress: Progress::default() }).expect("current");
+        job.apply(Event::Tick).expect("no refusal");
+    }
+    let Phase::Aborted(cause) = job.membership.phase() else { unreachable!("70 s have passed") };
+    assert!(cause.message.starts_with("ranks 0, 2 have not joined"), "{}", cause.message);
+}

@@ -1,0 +1,303 @@
+//! `config.json` of transformers, in the forms that its versions wrote.
+
+use serde::Deserialize;
+
+use super::rope::{RawRope, RopeParameters, rotated_dims};
+use super::{ModelError, RopeScaling};
+use crate::types::DType;
+
+/// More layers than any published model has, and few enough that a skeleton stays small.
+const MAX_LAYERS: u64 = 4096;
+/// The largest size of a dim: the product of two fits 64 bits.
+const MAX_DIM: u64 = 1 << 31;
+
+/// The families whose skeleton is known.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]
+#[expect(missing_docs, reason = "the names are the field's own")]
+pub enum Architecture {
+    Llama,
+    Mistral,
+    Qwen2,
+    Qwen3,
+    Bert,
+    /// Any set of tensors, taken as it is.
+    Generic,
+}
+
+impl Architecture {
+    /// `model_type` as transformers writes it; `generic` for [`Architecture::Generic`].
+    #[must_use]
+    pub const fn name(self) -> &'static str {
+        match self {
+            Self::Llama => "llama",
+            Self::Mistral => "mistral",
+            Self::Qwen2 => "qwen2",
+            Self::Qwen3 => "qwen3",
+            Self::Bert => "bert",
+            Self::Generic => "generic",
+        }
+    }
+}
+
+/// What stands on top of the layers.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]
+pub enum ModelHead {
+    /// Nothing: the base model.
+    Base,
+    /// `lm_head`.
+    CausalLm,
+    /// BERT's `cls.predictions`.
+    MaskedLm,
+    /// BERT's `cls.predictions` and `cls.seq_relationship`.
+    PreTraining,
+}
+
+/// Which projections of attention have a bias.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]
+pub enum AttentionBias {
+    /// None.
+    None,
+    /// Query, key and value.
+    Qkv,
+    /// Query, key, value and output.
+    All,
+}
+
+/// A model's configuration, with every default filled in. Sizes are in elements.
+#[derive(Clone, Debug, PartialEq)]
+pub struct ModelConfig {
+    /// The family.
+    pub architecture: Architecture,
+    /// What stands on top.
+    pub head: ModelHead,
+    /// Size of the residual stream.
+    pub hidden_size: u64,
+    /// Number of layers.
+    pub num_hidden_layers: u32,
+    /// Query heads.
+    pub num_attention_heads: u64,
+    /// Key and value heads.
+    pub num_key_value_heads: u64,
+    /// Size of one head.
+    pub head_dim: u64,
+    /// Size within the MLP.
+    pub intermediate_size: u64,
+    /// Tokens.
+    pub vocab_size: u64,
+    /// The longest sequence in positions.
+    pub max_position_embeddings: u64,
+    /// BERT's segments; 0 for others.
+    pub type_vocab_size: u64,
+    /// Whether the head is the embedding.
+    pub tie_word_embeddings: bool,
+    /// Rotary position embedding; absent for BERT.
+    pub rope: Option<RopeParameters>,
+    /// Epsilon of the norms.
+    pub norm_eps: f64,
+    /// Biases of attention.
+    pub attention_bias: AttentionBias,
+    /// Whether the MLP has biases.
+    pub mlp_bias: bool,
+    /// Positions that attention looks back, where it is limited.
+    pub sliding_window: Option<u64>,
+    /// The activation, such as `silu`.
+    pub hidden_act: String,
+    /// The element type that the weights were saved in, if the text says so.
+    pub dtype: Option<DType>,
+    /// `quant_method` of weights that are quantized already.
+    pub quant_method: Option<String>,
+}
+
+/// Architecture names of transformers, each with family and head.
+const KNOWN: [(&str, Architecture, ModelHead); 12] = [
+    ("LlamaForCausalLM", Architecture::Llama, ModelHead::CausalLm),
+    ("LLaMAForCausalLM", Architecture::Llama, ModelHead::CausalLm),
+    ("LlamaModel", Architecture::Llama, ModelHead::Base),
+    ("MistralForCausalLM", Architecture::Mistral, ModelHead::CausalLm),
+    ("MistralModel", Architecture::Mistral, ModelHead::Base),
+    ("Qwen2ForCausalLM", Architecture::Qwen2, ModelHead::CausalLm),
+    ("Qwen2Model", Architecture::Qwen2, ModelHead::Base),
+    ("Qwen3ForCausalLM", Architecture::Qwen3, ModelHead::CausalLm),
+    ("Qwen3Model", Architecture::Qwen3, ModelHead::Base),
+    ("BertModel", Architecture::Bert, ModelHead::Base),
+    ("BertForMaskedLM", Architecture::Bert, ModelHead::MaskedLm),
+    ("BertForPreTraining", Architecture::Bert, ModelHead::PreTraining),
+];
+
+#[derive(Debug, Default, Deserialize)]
+#[serde(default)]
+struct Raw {
+    architectures: Option<Vec<String>>,
+    model_type: Option<String>,
+    hidden_size: Option<u64>,
+    num_hidden_layers: Option<u64>,
+    num_attention_heads: Option<u64>,
+    num_key_value_heads: Option<u64>,
+    head_dim: Option<u64>,
+    intermediate_size: Option<u64>,
+    vocab_size: Option<u64>,
+    max_position_embeddings: Option<u64>,
+    type_vocab_size: Option<u64>,
+    tie_word_embeddings: Option<bool>,
+    rope_theta: Option<f64>,
+    rope_scaling: Option<RawRope>,
+    rope_parameters: Option<RawRope>,
+    partial_rotary_factor: Option<f64>,
+    rms_norm_eps: Option<f64>,
+    layer_norm_eps: Option<f64>,
+    attention_bias: Option<bool>,
+    mlp_bias: Option<bool>,
+    sliding_window: Option<u64>,
+    use_sliding_window: Option<bool>,
+    hidden_act: Option<String>,
+    dtype: Option<String>,
+    torch_dtype: Option<String>,
+    quantization_config: Option<RawQuantization>,
+}
+
+#[derive(Debug, Default, Deserialize)]
+#[serde(default)]
+struct RawQuantization {
+    quant_method: Option<String>,
+}
+
+impl ModelConfig {
+    /// Reads `config.json`. Keys that it does not know are ignored; an architecture that it does not know is not.
+    ///
+    /// # Errors
+    /// [`ModelError`], naming the field.
+    pub fn parse(config_json: &[u8]) -> Result<Self, ModelError> {
+        let raw: Raw = serde_json::from_slice(config_json)?;
+        let (architecture, head) = raw.architecture()?;
+        let bert = architecture == Architecture::Bert;
+        let size = |field, value: Option<u64>| within(field, value, MAX_DIM);
+        let hidden_size = size("hidden_size", raw.hidden_size)?;
+        let heads = size("num_attention_heads", raw.num_attention_heads)?;
+        let kv_heads = size("num_key_value_heads", raw.num_key_value_heads.or(Some(heads)))?;
+        divides(("num_attention_heads", heads), ("num_key_value_heads", kv_heads))?;
+        let head_dim = match raw.head_dim.filter(|_| !bert) {
+            Some(given) => size("head_dim", Some(given))?,
+            None => {
+                divides(("hidden_size", hidden_size), ("num_attention_heads", heads))?;
+                hidden_size / heads
+            }
+        };
+        within("num_attention_heads * head_dim", heads.checked_mul(head_dim), MAX_DIM)?;
+        let layers = within("num_hidden_layers", raw.num_hidden_layers, MAX_LAYERS)?;
+        let max_positions = raw.max_position_embeddings.unwrap_or(if bert { 512 } else { 2048 });
+        let max_positions = size("max_position_embeddings", Some(max_positions))?;
+        let text = |value: &Option<String>, other: &str| value.clone().unwrap_or_else(|| other.to_owned());
+        Ok(Self {
+            architecture,
+            head,
+            hidden_size,
+            num_hidden_layers: u32::try_from(layers).expect("at most MAX_LAYERS"),
+            num_attention_heads: heads,
+            num_key_value_heads: kv_heads,
+            head_dim,
+            intermediate_size: size("intermediate_size", raw.intermediate_size)?,
+            vocab_size: size("vocab_size", raw.vocab_size)?,
+            max_position_embeddings: max_positions,
+            type_vocab_size: if bert { size("type_vocab_size", raw.type_vocab_size.or(Some(2)))? } else { 0 },
+            tie_word_embeddings: raw.tie_word_embeddings.unwrap_or(bert),
+            rope: if bert { None } else { Some(raw.rope(head_dim, max_positions)?) },
+            norm_eps: if bert { raw.layer_norm_eps.unwrap_or(1e-12) } else { raw.rms_norm_eps.unwrap_or(1e-6) },
+            attention_bias: raw.attention_bias(architecture),
+            mlp_bias: bert || (architecture == Architecture::Llama && raw.mlp_bias.unwrap_or(false)),
+            sliding_window: raw.sliding_window(architecture),
+            hidden_act: text(&raw.hidden_act, if bert { "gelu" } else { "silu" }),
+            dtype: raw.dtype.or(raw.torch_dtype).and_then(|name| name.parse().ok()),
+            quant_method: raw.quantization_config.and_then(|quantization| quantization.quant_method),
+        })
+    }
+
+    /// Rows of the query projection.
+    #[must_use]
+    pub const fn query_size(&self) -> u64 {
+        self.num_attention_heads * self.head_dim
+    }
+
+    /// Rows of the key and of the value projection.
+    #[must_use]
+    pub const fn key_value_size(&self) -> u64 {
+        self.num_key_value_heads * self.head_dim
+    }
+}
+
+impl Raw {
+    /// The first of `architectures`, else the family that `model_type` names.
+    fn architecture(&self) -> Result<(Architecture, ModelHead), ModelError> {
+        if let Some(name) = self.architectures.as_ref().and_then(|names| names.first()) {
+            return KNOWN
+                .iter()
+                .find(|(known, ..)| known == name)
+                .map(|&(_, architecture, head)| (architecture, head))
+                .ok_or_else(|| unknown(name));
+        }
+        let Some(model_type) = &self.model_type else {
+            return Err(ModelError::MissingField { field: "architectures" });
+        };
+        KNOWN
+            .iter()
+            .find(|(_, architecture, _)| architecture.name() == model_type)
+            .map(|&(_, architecture, head)| (architecture, head))
+            .ok_or_else(|| unknown(model_type))
+    }
+
+    /// `rope_parameters` (transformers 5), else `rope_theta` and `rope_scaling`.
+    fn rope(&self, head_dim: u64, max_positions: u64) -> Result<RopeParameters, ModelError> {
+        let raw = self.rope_parameters.as_ref().or(self.rope_scaling.as_ref());
+        let theta = raw.and_then(|raw| raw.rope_theta).or(self.rope_theta).unwrap_or(10_000.0);
+        if !theta.is_finite() || theta <= 1.0 {
+            return Err(ModelError::Rope { rope_type: "any".to_owned(), field: "rope_theta" });
+        }
+        let partial = raw.and_then(|raw| raw.partial_rotary_factor).or(self.partial_rotary_factor);
+        let dim = rotated_dims(head_dim, partial);
+        divides(("head_dim", dim), ("the halves that rotary embedding pairs", 2))?;
+        let scaling = raw.map_or(Ok(RopeScaling::Default), |raw| raw.scaling(max_positions))?;
+        Ok(RopeParameters { theta, dim, scaling })
+    }
+
+    fn attention_bias(&self, architecture: Architecture) -> AttentionBias {
+        match architecture {
+            Architecture::Qwen2 => AttentionBias::Qkv,
+            Architecture::Bert => AttentionBias::All,
+            Architecture::Llama | Architecture::Qwen3 if self.attention_bias == Some(true) => AttentionBias::All,
+            _ => AttentionBias::None,
+        }
+    }
+
+    /// Qwen writes a window that holds only where `use_sliding_window` is true; Mistral's always holds.
+    fn sliding_window(&self, architecture: Architecture) -> Option<u64> {
+        let used = match architecture {
+            Architecture::Mistral => true,
+            Architecture::Qwen2 | Architecture::Qwen3 => self.use_sliding_window.unwrap_or(false),
+            _ => false,
+        };
+        self.sliding_window.filter(|_| used)
+    }
+}
+
+fn unknown(found: &str) -> ModelError {
+    let known: Vec<&str> = KNOWN.iter().map(|&(name, ..)| name).filter(|name| !name.starts_with("LLaMA")).collect();
+    ModelError::UnknownArchitecture { found: found.to_owned(), known: known.join(", ") }
+}
+
+fn within(field: &'static str, value: Option<u64>, limit: u64) -> Result<u64, ModelError> {
+    match value {
+        None => Err(ModelError::MissingField { field }),
+        Some(found) if found == 0 || found > limit => Err(ModelError::OutOfRange { field, limit, found }),
+        Some(found) => Ok(found),
+    }
+}
+
+fn divides(
+    (field, found): (&'static str, u64),
+    (divisor_field, divisor): (&'static str, u64),
+) -> Result<(), ModelError> {
+    if found.is_multiple_of(divisor) {
+        Ok(())
+    } else {
+        Err(ModelError::NotDivisible { field, found, divisor_field, divisor })
+    }
+}

@@ -1,0 +1,226 @@
+//! Making the plan: index, skeleton and rules in, [`LoadPlan`] out, or the reason why not.
+
+use super::{
+    Chunking, DTypeRule, Input, LoadPlan, MemoryBudget, PLAN_VERSION, Placement, QuantizationRule,
+    RankMemory, Strategy, TensorPlan,
+};
+use crate::error::{Classify, Kind};
+use crate::format::ModelIndex;
+use crate::model::{Binding, Role, Skeleton, SkeletonTensor};
+use crate::types::{DType, Fqn, Rank, Shape, ShapeOverflow, WorldSize};
+
+/// A sharded tensor has at least this many elements; smaller ones cost less to keep everywhere than to gather.
+const SHARD_MIN_ELEMENTS: u64 = 4096;
+
+/// What a plan is made for.
+#[derive(Clone, Debug)]
+pub struct LoadRequest {
+    /// The model in words, for messages.
+    pub model: String,
+    /// The directory that the index's file names are relative to.
+    pub root: String,
+    /// The text of config.json.
+    pub config_json: Option<String>,
+    /// The number of ranks.
+    pub world: WorldSize,
+    /// Which ranks read.
+    pub strategy: Strategy,
+    /// What ranks keep.
+    pub placement: Placement,
+    /// The element type of what is not quantized.
+    pub dtype: DTypeRule,
+    /// What is quantized.
+    pub quantization: QuantizationRule,
+    /// Sizes of chunks.
+    pub chunking: Chunking,
+}
+
+/// Why there is no plan.
+#[derive(Debug, thiserror::Error)]
+#[non_exhaustive]
+pub enum PlanError {
+    /// A rank would need more memory than it may use.
+    #[error(
+        "rank {} does not fit: it needs {} bytes ({} of weights, {} of reader window, {} of overhead), and may use {budget_bytes}",
+        needed.rank, needed.peak_host_bytes, needed.weights_bytes + needed.padding_bytes, needed.window_bytes, needed.overhead_bytes
+    )]
+    RankDoesNotFit {
+        /// What the rank needs.
+        needed: RankMemory,
+        /// What it may use.
+        budget_bytes: u64,
+    },
+    /// All ranks together would need more memory than the host has.
+    #[error("{world} ranks do not fit on this host: they need {needed_bytes} bytes together, and {budget_bytes} are available")]
+    HostDoesNotFit {
+        /// The number of ranks.
+        world: WorldSize,
+        /// What all ranks need.
+        needed_bytes: u64,
+        /// What the host has.
+        budget_bytes: u64,
+    },
+    /// A shape's size does not fit 64 bits.
+    #[error("tensor {fqn}: {source}")]
+    Shape {
+        /// The tensor.
+        fqn: Fqn,
+        /// The overflow.
+        source: ShapeOverflow,
+    },
+    /// There is nothing to load.
+    #[error("{model} has no tensors")]
+    Empty {
+        /// The model.
+        model: String,
+    },
+}
+
+impl Classify for PlanError {
+    fn kind(&self) -> Kind {
+        match self {
+            Self::RankDoesNotFit { .. } | Self::HostDoesNotFit { .. } => Kind::Exhausted,
+            Self::Shape { .. } | Self::Empty { .. } => Kind::Invalid,
+        }
+    }
+}
+
+/// Plans the load of a model whose keys were bound to its skeleton.
+///
+/// The order of tensors is the skeleton's: as the layers follow one another.
+///
+/// # Errors
+/// [`PlanError::Empty`] and [`PlanError::Shape`].
+pub fn plan(
+    request: LoadRequest,
+    index: &ModelIndex,
+    skeleton: &Skeleton,
+    binding: &Binding,
+) -> Result<LoadPlan, PlanError> {
+    let mut tensors = Vec::new();
+    for tensor in &skeleton.tensors {
+        let Some(entry) = binding.source(&tensor.fqn).and_then(|name| index.tensors.get(name)) else { continue };
+        let input = Input::Elements {
+            file: entry.file,
+            range: entry.range,
+            dtype: entry.dtype,
+            encoding: entry.encoding.clone(),
+        };
+        tensors.push(request.tensor(tensor, entry.dtype, input));
+    }
+    assemble(request, index.files.clone(), tensors, aliases(skeleton))
+}
+
+fn aliases(skeleton: &Skeleton) -> Vec<(Fqn, Fqn)> {
+    skeleton.aliases.iter().map(|alias| (alias.alias.clone(), alias.target.clone())).collect()
+}
+
+/// Puts the parts of a plan together: checks sizes and assigns the readers.
+///
+/// # Errors
+/// As [`plan`].
+pub(crate) fn assemble(
+    request: LoadRequest,
+    files: Vec<crate::format::FileEntry>,
+    mut tensors: Vec<TensorPlan>,
+    aliases: Vec<(Fqn, Fqn)>,
+) -> Result<LoadPlan, PlanError> {
+    if tensors.is_empty() {
+        return Err(PlanError::Empty { model: request.model });
+    }
+    for tensor in &tensors {
+        tensor
+            .encoding
+            .components(&tensor.shape)
+            .map_err(|source| PlanError::Shape { fqn: tensor.fqn.clone(), source })?;
+    }
+    assign_readers(&mut tensors, request.strategy, request.world);
+    Ok(LoadPlan {
+        version: PLAN_VERSION,
+        model: request.model,
+        config_json: request.config_json,
+        world: request.world,
+        strategy: request.strategy,
+        placement: request.placement,
+        chunking: request.chunking,
+        root: request.root,
+        files,
+        digest_tables: Vec::new(),
+        tensors,
+        aliases,
+    })
+}
+
+impl LoadRequest {
+    fn tensor(&self, tensor: &SkeletonTensor, source: DType, input: Input) -> TensorPlan {
+        let encoding = self.quantization.encoding(&tensor.fqn, &tensor.shape, tensor.role, source, self.dtype);
+        TensorPlan {
+            fqn: tensor.fqn.clone(),
+            shape: tensor.shape.clone(),
+            encoding,
+            sharded: self.shards(&tensor.shape, tensor.role),
+            reader: Rank::ZERO,
+            input,
+        }
+    }
+
+    /// Whether a tensor is cut over the ranks: large matrices are, norms and biases are not.
+    pub(crate) fn shards(&self, shape: &Shape, role: Role) -> bool {
+        let matrix = matches!(role, Role::Linear | Role::Embedding | Role::Head) && shape.dims() >= 2;
+        let large = shape.elements().is_ok_and(|elements| elements >= SHARD_MIN_ELEMENTS);
+        self.placement == Placement::Shard && matrix && large
+    }
+}
+
+/// Gives every tensor its reader: rank 0, or for striped reading the rank with the fewest bytes so far, largest tensors
+/// first. For `full`, where nobody sends, the same balance decides who writes a replicated tensor into a checkpoint.
+fn assign_readers(tensors: &mut [TensorPlan], strategy: Strategy, world: WorldSize) {
+    if strategy == Strategy::LowMemory {
+        return;
+    }
+    let mut largest_first: Vec<usize> = (0..tensors.len()).collect();
+    largest_first.sort_by_key(|&index| std::cmp::Reverse(tensors.get(index).map_or(0, TensorPlan::elements)));
+    let mut load = vec![0_u64; world.count()];
+    for index in largest_first {
+        let least = world.ranks().min_by_key(|rank| load.get(rank.index()).copied()).unwrap_or(Rank::ZERO);
+        if let (Some(tensor), Some(bytes)) = (tensors.get_mut(index), load.get_mut(least.index())) {
+            tensor.reader = least;
+            *bytes += tensor.elements();
+        }
+    }
+}
+
+impl LoadPlan {
+    /// Refuses the plan where a rank, or the host with `ranks_on_host` ranks, does not have the memory.
+    ///
+    /// # Errors
+    /// [`PlanError::RankDoesNotFit`] and [`PlanError::HostDoesNotFit`], with the numbers.
+    pub fn check_memory(&self, budget: MemoryBudget) -> Result<(), PlanError> {
+        let needs: Vec<RankMemory> = self.world.ranks().map(|rank| self.memory(rank)).collect();
+        if let Some(budget_bytes) = budget.per_rank_bytes
+            && let Some(&needed) = needs.iter().find(|needed| needed.peak_host_bytes > budget_bytes)
+        {
+            return Err(PlanError::RankDoesNotFit { needed, budget_bytes });
+        }
+        let needed_bytes = needs.iter().map(|needed| needed.peak_host_bytes).sum();
+        match budget.host_bytes {
+            Some(budget_bytes) if needed_bytes > budget_bytes => {
+                Err(PlanError::HostDoesNotFit { world: self.world, needed_bytes, budget_bytes })
+            }
+            _ => Ok(()),
+        }
+    }
+
+    /// SHA-256 of the plan's canonical bytes, which all ranks must agree on.
+    #[must_use]
+    pub fn sha256(bytes: &[u8]) -> [u8; 32] {
+        use sha2::Digest as _;
+        sha2::Sha256::digest(bytes).into()
+    }
+
+    /// The plan's bytes: JSON.
+    #[must_use]
+    pub fn encode(&self) -> Vec<u8> {
+        serde_json::to_vec(self).expect("a plan has only strings and integers, which JSON can hold")
+    }
+}

@@ -1,0 +1,179 @@
+//! The plan of a load: which rank reads, what each keeps, in which order it moves, and what memory that takes.
+//!
+//! Owns: [`LoadPlan`] and the pure function that makes it from the index, the skeleton and the job.
+//! Refuses to know: files, sockets, threads; a plan is data.
+//!
+//! Invariants:
+//! - `PL-1`: the components of an encoding depend on the shape alone (`encoding`).
+//! - `PL-2`: the kept ranges of all ranks cover every component; the owned ranges cover it exactly once (`cut`).
+//! - `PL-3`: the sequence of pieces is a function of the plan alone, so every rank walks the same one (`pieces`).
+
+mod build;
+mod cut;
+mod encoding;
+mod memory;
+mod pieces;
+mod select;
+
+use serde::{Deserialize, Serialize};
+
+pub(crate) use build::assemble;
+pub use build::{LoadRequest, PlanError, plan};
+pub use cut::Holding;
+pub use encoding::{Claim, Component, Encoding, NESTED_BLOCK, Part};
+pub use memory::{
+    ARENA_ALIGN_BYTES, MemoryBudget, PROCESS_OVERHEAD_BYTES, RankMemory, STAGING_BYTES, aligned,
+};
+pub use pieces::{Chunking, Piece, SourceSpan};
+pub use select::{DTypeRule, QuantizationRule};
+
+use crate::format::{Encoding as SourceEncoding, FileEntry};
+use crate::types::{ByteRange, DType, DigestTable, Fqn, Rank, Shape, WorldSize};
+
+/// The version of the plan's own form; ranks of another version refuse it.
+pub const PLAN_VERSION: u32 = 1;
+
+/// Which ranks read the weights.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(rename_all = "kebab-case")]
+pub enum Strategy {
+    /// Rank 0 reads, quantizes and sends; the others build empty modules and receive.
+    #[default]
+    LowMemory,
+    /// Each rank reads what it keeps, and nothing is sent.
+    Full,
+    /// Every rank reads a part of the tensors and sends; each byte is still read once.
+    Striped,
+}
+
+/// What each rank keeps.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(rename_all = "kebab-case")]
+pub enum Placement {
+    /// Everything (data parallel).
+    Replicate,
+    /// Dim 0 of every large tensor is cut over the ranks; small tensors are kept by all (FSDP-like).
+    #[default]
+    Shard,
+}
+
+/// Everything that the ranks need to load together.
+#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
+pub struct LoadPlan {
+    /// [`PLAN_VERSION`].
+    pub version: u32,
+    /// The model in words, as the user named it.
+    pub model: String,
+    /// The text of config.json, from which every rank builds its skeleton; absent for bare safetensors.
+    pub config_json: Option<String>,
+    /// The number of ranks.
+    pub world: WorldSize,
+    /// Which ranks read.
+    pub strategy: Strategy,
+    /// What ranks keep.
+    pub placement: Placement,
+    /// How tensors are cut for reading and sending.
+    pub chunking: Chunking,
+    /// The directory that all file names below are relative to.
+    pub root: String,
+    /// The files.
+    pub files: Vec<FileEntry>,
+    /// The digest tables of the files, for a checkpoint; empty for a model.
+    pub digest_tables: Vec<DigestTable>,
+    /// The tensors in the order in which they move.
+    pub tensors: Vec<TensorPlan>,
+    /// Names that are another tensor's (tied weights): alias, target.
+    pub aliases: Vec<(Fqn, Fqn)>,
+}
+
+/// One tensor of the plan.
+#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
+pub struct TensorPlan {
+    /// Its name.
+    pub fqn: Fqn,
+    /// Its logical shape.
+    pub shape: Shape,
+    /// The form in which it is kept.
+    pub encoding: Encoding,
+    /// Whether it is cut over the ranks or kept by all.
+    pub sharded: bool,
+    /// The rank that reads it (unless the strategy is [`Strategy::Full`]), and that owns it if it is not sharded.
+    pub reader: Rank,
+    /// Where its bytes are.
+    pub input: Input,
+}
+
+/// Where the bytes of a tensor come from.
+#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(rename_all = "kebab-case")]
+pub enum Input {
+    /// Elements in a model's file, to be converted or quantized.
+    Elements {
+        /// Index into [`LoadPlan::files`].
+        file: u32,
+        /// The bytes in the file.
+        range: ByteRange,
+        /// Element type in the file (logical type for encoded blocks).
+        dtype: DType,
+        /// How the bytes are encoded in the file.
+        encoding: SourceEncoding,
+    },
+    /// Components that are in the plan's form already, as a checkpoint has them.
+    Stored {
+        /// For each component of the encoding, in order, the chunks that make it up, in order and without holes.
+        parts: Vec<Vec<StoredChunk>>,
+        /// The value of [`Part::NestedOffset`], which is no tensor in the file.
+        nested_offset: Option<f32Bits>,
+    },
+}
+
+/// An f32 by its bits, so that plans compare and hash exactly.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(transparent)]
+#[expect(non_camel_case_types, reason = "it stands for the primitive type")]
+pub struct f32Bits(pub u32);
+
+/// A contiguous part of a component in a file.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize, Deserialize)]
+pub struct StoredChunk {
+    /// Index into [`LoadPlan::files`].
+    pub file: u32,
+    /// The bytes in the file.
+    pub range: ByteRange,
+    /// Where they belong in the component.
+    pub at: u64,
+}
+
+impl TensorPlan {
+    /// Elements of one row (the product of all dims but the first); 1 for a scalar.
+    #[must_use]
+    pub fn row_elements(&self) -> u64 {
+        self.shape.0.iter().skip(1).product()
+    }
+
+    /// The number of elements. The plan was checked for overflow when it was made.
+    #[must_use]
+    pub fn elements(&self) -> u64 {
+        self.shape.0.iter().product()
+    }
+
+    /// The components of the tensor, whole. The plan was checked for overflow when it was made.
+    #[must_use]
+    pub fn components(&self) -> Vec<Component> {
+        self.encoding.components(&self.shape).unwrap_or_default()
+    }
+}
+
+impl LoadPlan {
+    /// The bytes that storage must give up: each byte of each input once.
+    #[must_use]
+    pub fn input_bytes(&self) -> u64 {
+        self.tensors
+            .iter()
+            .map(|tensor| match &tensor.input {
+                Input::Elements { range, .. } => range.len(),
+                Input::Stored { parts, .. } => parts.iter().flatten().map(|chunk| chunk.range.len()).sum(),
+            })
+            .sum()
+    }
+}

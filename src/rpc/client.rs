@@ -1,0 +1,102 @@
+//! Clients of the contract: a channel, the token, and a deadline on every call.
+
+use std::time::Duration;
+
+use tonic::Request;
+use tonic::transport::{Channel, Endpoint};
+use weightcast_proto::v1::job_service_client::JobServiceClient;
+use weightcast_proto::v1::worker_service_client::WorkerServiceClient;
+
+use super::auth::{Token, TokenError};
+use crate::error::{Classify, Kind};
+
+/// How long a connection may take to be made.
+const CONNECT_TIMEOUT: Duration = Duration::from_secs(5);
+/// The deadline of a call.
+const CALL_DEADLINE: Duration = Duration::from_secs(20);
+/// HTTP/2 pings while a call is open, and how long an answer to them may take: a watch on a dead coordinator ends.
+const KEEPALIVE: Duration = Duration::from_secs(2);
+/// After this long without an answer to a ping a watch is broken.
+pub const WATCH_SILENCE: Duration = Duration::from_secs(3);
+
+/// The coordinator cannot be reached.
+#[derive(Debug, thiserror::Error)]
+#[non_exhaustive]
+pub enum ConnectError {
+    /// The address is none.
+    #[error("coordinator address {address:?}: {source}")]
+    Address {
+        /// The address.
+        address: String,
+        /// What is wrong.
+        source: tonic::transport::Error,
+    },
+    /// Nobody answers.
+    #[error("coordinator at {address} cannot be reached: {reason}")]
+    Unreachable {
+        /// The address.
+        address: String,
+        /// Why, with all sources.
+        reason: String,
+    },
+    /// The token cannot be read.
+    #[error(transparent)]
+    Token(#[from] TokenError),
+}
+
+impl Classify for ConnectError {
+    fn kind(&self) -> Kind {
+        match self {
+            Self::Address { .. } => Kind::Conflict,
+            Self::Unreachable { .. } => Kind::Unavailable,
+            Self::Token(source) => source.kind(),
+        }
+    }
+}
+
+/// Clients on one channel.
+#[derive(Clone, Debug)]
+pub struct Clients {
+    /// What ranks say.
+    pub worker: WorkerServiceClient<Channel>,
+    /// What people ask.
+    pub job: JobServiceClient<Channel>,
+}
+
+impl Clients {
+    /// Connects to the coordinator at `host:port`.
+    ///
+    /// # Errors
+    /// [`ConnectError`].
+    pub async fn connect(address: &str) -> Result<Self, ConnectError> {
+        let bad = |source| ConnectError::Address { address: address.to_owned(), source };
+        let endpoint = Endpoint::from_shared(format!("http://{address}"))
+            .map_err(bad)?
+            .connect_timeout(CONNECT_TIMEOUT)
+            .http2_keep_alive_interval(KEEPALIVE)
+            .keep_alive_timeout(WATCH_SILENCE)
+            .tcp_nodelay(true);
+        let channel = endpoint.connect().await.map_err(|error| ConnectError::Unreachable {
+            address: address.to_owned(),
+            reason: crate::error::chain(&error),
+        })?;
+        Ok(Self { worker: WorkerServiceClient::new(channel.clone()), job: JobServiceClient::new(channel) })
+    }
+}
+
+/// A request with the job's token and a deadline.
+///
+/// # Errors
+/// [`TokenError`] when the token cannot be read.
+pub fn request<T>(token: &Token, message: T) -> Result<Request<T>, TokenError> {
+    let mut request = Request::new(message);
+    request.metadata_mut().insert("authorization", token.header()?);
+    request.set_timeout(CALL_DEADLINE);
+    Ok(request)
+}
+
+/// A status in words.
+#[must_use]
+pub fn describe_status(status: &tonic::Status) -> String {
+    if status.message().is_empty() { status.code().to_string() } else { status.message().to_owned() }
+}

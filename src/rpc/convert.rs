@@ -1,0 +1,90 @@
+//! Between the coordinator's snapshots and the contract's messages.
+
+use weightcast_proto::v1;
+
+use crate::coordinator::{Coordinator, View};
+use crate::membership::{Cause, Phase, Progress};
+use crate::types::as_u64;
+
+pub(super) fn header(coordinator: &Coordinator, view: &View) -> v1::ResponseHeader {
+    v1::ResponseHeader {
+        job_id: view.job.to_string(),
+        incarnation: coordinator.incarnation().to_owned(),
+        generation: view.generation.0,
+    }
+}
+
+pub(super) fn phase(phase: &Phase) -> v1::Phase {
+    match phase {
+        Phase::Forming | Phase::Opening => v1::Phase::Forming,
+        Phase::Loading => v1::Phase::Loading,
+        // Ranks have nothing to do while the coordinator begins or seals a checkpoint.
+        Phase::Holding | Phase::Beginning { .. } | Phase::Committing { .. } => v1::Phase::Holding,
+        Phase::Saving { .. } => v1::Phase::Saving,
+        Phase::Finished => v1::Phase::Finished,
+        Phase::Aborted(_) => v1::Phase::Aborted,
+    }
+}
+
+pub(super) fn cause(cause: &Cause) -> v1::Cause {
+    v1::Cause {
+        rank: cause.rank.map(|rank| rank.0),
+        message: cause.message.clone(),
+        exit_code: u32::from(cause.exit_code),
+    }
+}
+
+pub(super) fn watch(coordinator: &Coordinator, view: &View) -> v1::WatchResponse {
+    v1::WatchResponse {
+        header: Some(header(coordinator, view)),
+        phase: phase(&view.phase).into(),
+        peers: view.peers.clone(),
+        secret: view.secret.to_vec(),
+        plan_sha256: view.plan_sha256.to_vec(),
+        save: view.save().map(|save| v1::Save {
+            step: save.step.0,
+            attempt: save.attempt.0,
+            directory: save.directory.clone(),
+        }),
+        cause: view.cause().map(cause),
+    }
+}
+
+pub(super) fn progress(message: Option<v1::Progress>) -> Progress {
+    message.map_or_else(Progress::default, |message| Progress {
+        stage: message.stage,
+        done_bytes: message.done_bytes,
+        total_bytes: message.total_bytes,
+        peak_resident_bytes: message.peak_resident_bytes,
+    })
+}
+
+pub(super) fn job_status(coordinator: &Coordinator, view: &View) -> v1::GetStatusResponse {
+    let now = crate::clock::now();
+    let rank = |rank: &crate::coordinator::RankView| v1::RankStatus {
+        rank: rank.rank.0,
+        host: rank.host.clone(),
+        process_id: rank.process_id,
+        device: rank.device.clone(),
+        stage: rank.progress.stage.clone(),
+        done_bytes: rank.progress.done_bytes,
+        total_bytes: rank.progress.total_bytes,
+        peak_resident_bytes: rank.progress.peak_resident_bytes,
+        lease_age_ms: rank.renewed.map_or(0, |renewed| {
+            u64::try_from(now.saturating_duration_since(renewed).as_millis()).unwrap_or(u64::MAX)
+        }),
+    };
+    v1::GetStatusResponse {
+        header: Some(header(coordinator, view)),
+        // People are told what the coordinator does, too.
+        phase: match view.phase {
+            Phase::Beginning { .. } | Phase::Committing { .. } => v1::Phase::Saving.into(),
+            ref other => phase(other).into(),
+        },
+        world_size: u32::try_from(as_u64(view.ranks.len())).unwrap_or(u32::MAX),
+        ranks: view.ranks.iter().map(rank).collect(),
+        last_checkpoint: view.last_checkpoint.clone().unwrap_or_default(),
+        cause: view.cause().map(cause),
+        model: view.model.clone(),
+    }
+}

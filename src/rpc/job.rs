@@ -1,0 +1,58 @@
+//! `JobService`: what people ask.
+
+use tonic::{Request, Response, Status};
+use weightcast_proto::v1;
+use weightcast_proto::v1::job_service_server::JobService;
+
+use super::convert;
+use super::server::expect_deadline;
+use super::status::status;
+use crate::coordinator::Coordinator;
+use crate::membership::Event;
+
+#[derive(Debug)]
+pub(super) struct JobServer {
+    pub(super) coordinator: Coordinator,
+}
+
+#[tonic::async_trait]
+impl JobService for JobServer {
+    async fn get_status(
+        &self,
+        request: Request<v1::GetStatusRequest>,
+    ) -> Result<Response<v1::GetStatusResponse>, Status> {
+        expect_deadline(&request)?;
+        let views = self.coordinator.views();
+        let answer = convert::job_status(&self.coordinator, &views.borrow());
+        Ok(Response::new(answer))
+    }
+
+    async fn save_checkpoint(
+        &self,
+        request: Request<v1::SaveCheckpointRequest>,
+    ) -> Result<Response<v1::SaveCheckpointResponse>, Status> {
+        expect_deadline(&request)?;
+        let step = self.coordinator.next_step();
+        self.coordinator.apply(Event::SaveRequested(step)).await.map_err(|refusal| status(&refusal))?;
+        let views = self.coordinator.views();
+        let view = views.borrow();
+        let attempt = view.save().map_or(0, |save| save.attempt.0);
+        Ok(Response::new(v1::SaveCheckpointResponse {
+            header: Some(convert::header(&self.coordinator, &view)),
+            step: step.0,
+            attempt,
+        }))
+    }
+
+    async fn drain(&self, request: Request<v1::DrainRequest>) -> Result<Response<v1::DrainResponse>, Status> {
+        expect_deadline(&request)?;
+        if request.get_ref().save {
+            let step = self.coordinator.next_step();
+            self.coordinator.apply(Event::SaveRequested(step)).await.map_err(|refusal| status(&refusal))?;
+        }
+        self.coordinator.apply(Event::DrainRequested).await.map_err(|refusal| status(&refusal))?;
+        let views = self.coordinator.views();
+        let header = convert::header(&self.coordinator, &views.borrow());
+        Ok(Response::new(v1::DrainResponse { header: Some(header) }))
+    }
+}

@@ -1,0 +1,17 @@
+//! gRPC: the only module that names proto types. It translates between the contract and the coordinator's events.
+//!
+//! Owns: servers and clients of `weightcast.v1`, the token check, the mapping of errors to status codes.
+//! Refuses to know: what a job does.
+
+mod auth;
+mod client;
+mod convert;
+mod job;
+mod server;
+mod status;
+mod worker;
+
+pub use auth::{Token, TokenError};
+pub use client::{Clients, ConnectError, WATCH_SILENCE, describe_status, request};
+pub use server::{ServeError, Served, serve};
+pub use status::{kind_of, status};

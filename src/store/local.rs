@@ -1,0 +1,212 @@
+//! The local file system as a store.
+
+use std::fs::{self, File, OpenOptions};
+use std::io;
+use std::os::unix::fs::FileExt as _;
+use std::path::{Path, PathBuf};
+
+use rustix::fs::{CWD, FallocateFlags, RenameFlags};
+
+use super::{NewFile, Operation, ReadAt, ReadCounter, Store, StoreError, confined};
+use crate::types::as_u64;
+
+/// Files below one directory.
+#[derive(Clone, Debug)]
+pub struct LocalStore {
+    root: PathBuf,
+    read: ReadCounter,
+}
+
+impl LocalStore {
+    /// The store of all files below `root`; nothing is touched yet.
+    #[must_use]
+    pub fn new(root: impl Into<PathBuf>) -> Self {
+        Self { root: root.into(), read: ReadCounter::default() }
+    }
+
+    /// The directory of the store.
+    #[must_use]
+    pub fn root(&self) -> &Path {
+        &self.root
+    }
+
+    /// The bytes read through this store and its clones.
+    #[must_use]
+    pub fn read_counter(&self) -> ReadCounter {
+        self.read.clone()
+    }
+
+    fn path(&self, name: &str) -> Result<PathBuf, StoreError> {
+        if name.is_empty() { Ok(self.root.clone()) } else { confined(&self.root, name) }
+    }
+}
+
+impl Store for LocalStore {
+    fn open(&self, name: &str) -> Result<Box<dyn ReadAt>, StoreError> {
+        let path = self.path(name)?;
+        let failed = |source| StoreError::io(Operation::Open, &path, source);
+        let file = File::open(&path).map_err(failed)?;
+        let metadata = file.metadata().map_err(failed)?;
+        if !metadata.is_file() {
+            return Err(failed(io::Error::new(io::ErrorKind::InvalidInput, "it is not a file")));
+        }
+        Ok(Box::new(LocalFile { file, path, len_bytes: metadata.len(), read: self.read.clone() }))
+    }
+
+    fn create(&self, name: &str, len_bytes: u64) -> Result<Box<dyn NewFile>, StoreError> {
+        let path = self.path(name)?;
+        let file = OpenOptions::new()
+            .write(true)
+            .create_new(true)
+            .open(&path)
+            .map_err(|source| StoreError::io(Operation::Create, &path, source))?;
+        reserve(&file, &path, len_bytes)?;
+        Ok(Box::new(LocalNewFile { file, path }))
+    }
+
+    fn create_dir(&self, name: &str) -> Result<(), StoreError> {
+        let path = self.path(name)?;
+        fs::create_dir_all(&path).map_err(|source| StoreError::Io {
+            operation: Operation::Create,
+            path: path.display().to_string(),
+            source,
+        })
+    }
+
+    fn list(&self, directory: &str) -> Result<Vec<String>, StoreError> {
+        let path = self.path(directory)?;
+        let failed = |source| StoreError::io(Operation::List, &path, source);
+        let entries = match fs::read_dir(&path) {
+            Ok(entries) => entries,
+            Err(error) if error.kind() == io::ErrorKind::NotFound => return Ok(Vec::new()),
+            Err(error) => return Err(failed(error)),
+        };
+        let mut names = Vec::new();
+        for entry in entries {
+            // A name that is not UTF-8 is none of ours.
+            if let Ok(name) = entry.map_err(failed)?.file_name().into_string() {
+                names.push(name);
+            }
+        }
+        names.sort();
+        Ok(names)
+    }
+
+    fn publish(&self, from: &str, to: &str) -> Result<(), StoreError> {
+        let (from, to) = (self.path(from)?, self.path(to)?);
+        rename_noreplace(&from, &to).map_err(|source| StoreError::io(Operation::Publish, &to, source))?;
+        for changed in [to.parent(), from.parent()].into_iter().flatten() {
+            sync_directory(changed)?;
+        }
+        Ok(())
+    }
+
+    fn sync_dir(&self, name: &str) -> Result<(), StoreError> {
+        sync_directory(&self.path(name)?)
+    }
+
+    fn remove(&self, name: &str) -> Result<(), StoreError> {
+        let path = self.path(name)?;
+        let result = match fs::symlink_metadata(&path) {
+            Ok(metadata) if metadata.is_dir() => fs::remove_dir_all(&path),
+            Ok(_) => fs::remove_file(&path),
+            Err(error) => Err(error),
+        };
+        match result {
+            Err(error) if error.kind() != io::ErrorKind::NotFound => {
+                Err(StoreError::io(Operation::Remove, &path, error))
+            }
+            _ => Ok(()),
+        }
+    }
+
+    fn describe(&self, name: &str) -> String {
+        self.root.join(name).display().to_string()
+    }
+}
+
+/// Reserves room for the whole file; a file system without fallocate gets its length only.
+fn reserve(file: &File, path: &Path, len_bytes: u64) -> Result<(), StoreError> {
+    if len_bytes == 0 {
+        return Ok(());
+    }
+    match rustix::fs::fallocate(file, FallocateFlags::empty(), 0, len_bytes) {
+        Ok(()) => Ok(()),
+        Err(rustix::io::Errno::OPNOTSUPP | rustix::io::Errno::NOSYS) => {
+            file.set_len(len_bytes).map_err(|source| StoreError::io(Operation::Reserve, path, source))
+        }
+        Err(rustix::io::Errno::NOSPC | rustix::io::Errno::DQUOT | rustix::io::Errno::FBIG) => {
+            Err(StoreError::NoSpace { path: path.display().to_string(), needed_bytes: len_bytes })
+        }
+        Err(errno) => Err(StoreError::io(Operation::Reserve, path, errno.into())),
+    }
+}
+
+/// `renameat2(RENAME_NOREPLACE)`. Where the file system lacks it, a check and a plain rename: there the coordinator,
+/// the only writer of names, is what keeps two publishers apart.
+fn rename_noreplace(from: &Path, to: &Path) -> io::Result<()> {
+    match rustix::fs::renameat_with(CWD, from, CWD, to, RenameFlags::NOREPLACE) {
+        Err(rustix::io::Errno::INVAL | rustix::io::Errno::NOSYS) => {
+            if to.symlink_metadata().is_ok() {
+                return Err(io::Error::from(io::ErrorKind::AlreadyExists));
+            }
+            fs::rename(from, to)
+        }
+        result => result.map_err(io::Error::from),
+    }
+}
+
+fn sync_directory(path: &Path) -> Result<(), StoreError> {
+    File::open(path)
+        .and_then(|directory| directory.sync_all())
+        .map_err(|source| StoreError::io(Operation::Sync, path, source))
+}
+
+#[derive(Debug)]
+struct LocalFile {
+    file: File,
+    path: PathBuf,
+    len_bytes: u64,
+    read: ReadCounter,
+}
+
+impl ReadAt for LocalFile {
+    fn len_bytes(&self) -> u64 {
+        self.len_bytes
+    }
+
+    fn read_exact_at(&self, offset: u64, into: &mut [u8]) -> Result<(), StoreError> {
+        let wanted = as_u64(into.len());
+        self.file.read_exact_at(into, offset).map_err(|source| {
+            if source.kind() == io::ErrorKind::UnexpectedEof {
+                StoreError::Truncated {
+                    path: self.path.display().to_string(),
+                    expected_bytes: offset.saturating_add(wanted),
+                    found_bytes: self.file.metadata().map_or(0, |metadata| metadata.len()),
+                }
+            } else {
+                StoreError::io(Operation::Read, &self.path, source)
+            }
+        })?;
+        self.read.add(wanted);
+        Ok(())
+    }
+}
+
+#[derive(Debug)]
+struct LocalNewFile {
+    file: File,
+    path: PathBuf,
+}
+
+impl NewFile for LocalNewFile {
+    fn write_all_at(&mut self, offset: u64, bytes: &[u8]) -> Result<(), StoreError> {
+        self.file
+            .write_all_at(bytes, offset)
+            .map_err(|source| StoreError::io(Operation::Write, &self.path, source))
+    }
+
+    fn finish(self: Box<Self>) -> Result<(), StoreError> {
+        self.file.sync_all().map_err(|source| StoreError::io(Operation::Sync, &self.path, source))
+    }
+}

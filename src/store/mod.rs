@@ -1,0 +1,137 @@
+//! Where files of data are: the one place, besides `hub`, that touches them.
+//!
+//! Owns: the [`Store`] trait, its errors, the local backend and the counting of bytes read.
+//! Refuses to know: what is in a file, tensors, plans, checkpoints.
+//!
+//! Invariants:
+//! - `ST-1`: [`NewFile::finish`] returns only after the bytes are on the medium (fsync).
+//! - `ST-2`: [`Store::publish`] is atomic and never replaces anything; after it returns the name survives a crash.
+//! - `ST-3`: a read gives exactly the bytes asked for or an error; there is no short read.
+
+mod error;
+mod local;
+mod path;
+
+use std::fmt;
+use std::sync::Arc;
+use std::sync::atomic::{AtomicU64, Ordering};
+
+pub use error::{Operation, StoreError};
+pub use local::LocalStore;
+pub use path::confined;
+
+/// A set of named files. Names are relative paths with `/` between parts; they never leave the store's root.
+pub trait Store: Send + Sync + fmt::Debug {
+    /// Opens a file for ranged reads.
+    ///
+    /// # Errors
+    /// [`StoreError`] when the file does not exist or cannot be opened.
+    fn open(&self, name: &str) -> Result<Box<dyn ReadAt>, StoreError>;
+
+    /// Creates a file that must not exist yet, with `len_bytes` reserved, so that a full disk shows before the first byte.
+    ///
+    /// # Errors
+    /// [`StoreError`] when it exists, the place is not writable, or there is no room.
+    fn create(&self, name: &str, len_bytes: u64) -> Result<Box<dyn NewFile>, StoreError>;
+
+    /// Creates a directory, and the ones above it.
+    ///
+    /// # Errors
+    /// [`StoreError`] when the place is not writable.
+    fn create_dir(&self, name: &str) -> Result<(), StoreError>;
+
+    /// The names directly below a directory, sorted; empty when it does not exist.
+    ///
+    /// # Errors
+    /// [`StoreError`] when the directory cannot be read.
+    fn list(&self, directory: &str) -> Result<Vec<String>, StoreError>;
+
+    /// Renames `from` to `to`, which must not exist, and makes both directories' new content durable (`ST-2`).
+    ///
+    /// # Errors
+    /// [`StoreError`] of kind `Conflict` when `to` exists.
+    fn publish(&self, from: &str, to: &str) -> Result<(), StoreError>;
+
+    /// Makes the entries of a directory durable.
+    ///
+    /// # Errors
+    /// [`StoreError`] when the medium fails.
+    fn sync_dir(&self, name: &str) -> Result<(), StoreError>;
+
+    /// Deletes a file or a directory with all below it; nothing happens when it does not exist.
+    ///
+    /// # Errors
+    /// [`StoreError`] when it cannot be deleted.
+    fn remove(&self, name: &str) -> Result<(), StoreError>;
+
+    /// The store's place in words, for messages.
+    fn describe(&self, name: &str) -> String;
+}
+
+/// A file open for reading.
+pub trait ReadAt: Send + Sync + fmt::Debug {
+    /// The file's length in bytes when it was opened.
+    fn len_bytes(&self) -> u64;
+
+    /// Fills `into` with the bytes from `offset` (`ST-3`).
+    ///
+    /// # Errors
+    /// [`StoreError::Truncated`] when the file ends before; otherwise the medium's error.
+    fn read_exact_at(&self, offset: u64, into: &mut [u8]) -> Result<(), StoreError>;
+}
+
+/// A file that is being written; it is not part of anything until its directory is published.
+pub trait NewFile: Send + fmt::Debug {
+    /// Writes all of `bytes` at `offset`, within the length given at creation.
+    ///
+    /// # Errors
+    /// [`StoreError`] when the medium fails.
+    fn write_all_at(&mut self, offset: u64, bytes: &[u8]) -> Result<(), StoreError>;
+
+    /// Makes the bytes durable and closes the file (`ST-1`).
+    ///
+    /// # Errors
+    /// [`StoreError`] when the medium fails; the file must then be thrown away, never written again.
+    fn finish(self: Box<Self>) -> Result<(), StoreError>;
+}
+
+/// Bytes that left storage, counted over all files of a store.
+#[derive(Clone, Debug, Default)]
+pub struct ReadCounter(Arc<AtomicU64>);
+
+impl ReadCounter {
+    /// Bytes read so far.
+    #[must_use]
+    pub fn bytes(&self) -> u64 {
+        self.0.load(Ordering::Relaxed)
+    }
+
+    fn add(&self, bytes: u64) {
+        self.0.fetch_add(bytes, Ordering::Relaxed);
+    }
+}
+
+/// Reads a whole small file.
+///
+/// # Errors
+/// [`StoreError::TooLarge`] when it is longer than `limit_bytes`; otherwise as [`Store::open`] and [`ReadAt`].
+pub fn read_small(store: &dyn Store, name: &str, limit_bytes: u64) -> Result<Vec<u8>, StoreError> {
+    let file = store.open(name)?;
+    let len = file.len_bytes();
+    if len > limit_bytes {
+        return Err(StoreError::TooLarge { path: store.describe(name), limit_bytes, found_bytes: len });
+    }
+    let mut bytes = vec![0; crate::types::as_usize(len)];
+    file.read_exact_at(0, &mut bytes)?;
+    Ok(bytes)
+}
+
+/// Writes a whole small file durably; the name must not exist.
+///
+/// # Errors
+/// As [`Store::create`] and [`NewFile`].
+pub fn write_small(store: &dyn Store, name: &str, bytes: &[u8]) -> Result<(), StoreError> {
+    let mut file = store.create(name, crate::types::as_u64(bytes.len()))?;
+    file.write_all_at(0, bytes)?;
+    file.finish()
+}

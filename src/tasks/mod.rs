@@ -1,0 +1,64 @@
+//! The one place that spawns: async tasks with a name and a common cancellation, joined with a deadline, and named
+//! threads for work that blocks.
+//!
+//! Owns: [`Tasks`] and [`spawn_thread`]. Refuses to know: what the work is.
+//! `TK-1`: no task outlives its [`Tasks`]: dropping it aborts what is left.
+
+use std::future::Future;
+use std::thread::JoinHandle;
+use std::time::Duration;
+
+use tokio::task::JoinSet;
+
+/// A set of tasks that end together.
+#[derive(Debug, Default)]
+pub struct Tasks {
+    set: JoinSet<&'static str>,
+}
+
+impl Tasks {
+    /// No tasks.
+    #[must_use]
+    pub fn new() -> Self {
+        Self::default()
+    }
+
+    /// Starts a task.
+    pub fn spawn(&mut self, name: &'static str, work: impl Future<Output = ()> + Send + 'static) {
+        self.set.spawn(async move {
+            work.await;
+            name
+        });
+    }
+
+    /// Asks all tasks to end by aborting them at their next await, and waits for that, at most `deadline`.
+    pub async fn shut_down(mut self, deadline: Duration) {
+        self.set.abort_all();
+        let joined = async { while self.set.join_next().await.is_some() {} };
+        if tokio::time::timeout(deadline, joined).await.is_err() {
+            tracing::warn!(?deadline, "tasks did not end in time");
+        }
+    }
+}
+
+/// Starts a thread for work that blocks.
+///
+/// # Errors
+/// When the system cannot start one.
+pub fn spawn_thread<R: Send + 'static>(
+    name: &str,
+    work: impl FnOnce() -> R + Send + 'static,
+) -> std::io::Result<JoinHandle<R>> {
+    std::thread::Builder::new().name(name.to_owned()).spawn(work)
+}
+
+/// Runs work that blocks for more than half a millisecond off the async threads.
+///
+/// # Panics
+/// When the work panics.
+pub async fn blocking<R: Send + 'static>(work: impl FnOnce() -> R + Send + 'static) -> R {
+    match tokio::task::spawn_blocking(work).await {
+        Ok(result) => result,
+        Err(error) => std::panic::resume_unwind(error.into_panic()),
+    }
+}

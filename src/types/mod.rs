@@ -1,0 +1,18 @@
+//! The words of the house: small value types that every module shares.
+//!
+//! Owns: ids (rank, generation, step), tensor names, element types, shapes, byte ranges, digests, checked numbers.
+//! Refuses to know: files, sockets, clocks, configuration, any format.
+
+mod digest;
+mod dtype;
+mod ids;
+mod num;
+mod range;
+mod shape;
+
+pub use digest::{BlockDigests, DIGEST_BLOCK_BYTES, DigestTable, TensorDigest, crc32c};
+pub use dtype::{DType, UnknownDType};
+pub use ids::{Attempt, Fqn, Generation, JobId, Rank, Step, WorldSize, ZeroWorld};
+pub use num::{as_u64, as_usize};
+pub use range::ByteRange;
+pub use shape::{Shape, ShapeOverflow};

@@ -1,0 +1,18 @@
+//! Conversions between `u64` and `usize` that cannot lose bits on the platforms we build for.
+
+const _: () = assert!(usize::BITS == 64, "weightcast addresses tensors larger than 4 GiB and needs a 64-bit target");
+
+/// The same number as `usize`; lossless, because the target is 64-bit (checked at compile time).
+#[inline]
+#[must_use]
+#[expect(clippy::cast_possible_truncation, reason = "usize is 64-bit, asserted above")]
+pub const fn as_usize(value: u64) -> usize {
+    value as usize
+}
+
+/// The same number as `u64`; lossless, because the target is 64-bit (checked at compile time).
+#[inline]
+#[must_use]
+pub const fn as_u64(value: usize) -> u64 {
+    value as u64
+}
