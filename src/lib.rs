@@ -3,9 +3,12 @@
 //!
 //! The modules form rings, and imports go downward only; docs/ARCHITECTURE.md draws them and `tests/tidy.rs` checks them.
 
+pub mod app;
 pub mod checkpoint;
+pub mod cli;
 pub mod clock;
 pub mod comm;
+pub mod config;
 pub mod coordinator;
 pub mod device;
 pub mod error;
@@ -21,3 +24,4 @@ pub mod state;
 pub mod store;
 pub mod tasks;
 pub mod types;
+pub mod worker;

@@ -7,8 +7,8 @@ use std::process::ExitCode;
 
 use clap::Parser;
 use weightcast_launcher::{
-    EXIT_USAGE, Environment, Event, EventSink, Launch, LaunchArgs, LaunchError, NANNY_ARGUMENT, Report, nanny_main,
-    run, stop_channel,
+    EXIT_USAGE, Environment, Event, EventSink, Launch, LaunchArgs, LaunchError, NANNY_ARGUMENT, Report, chain,
+    nanny_main, run, stop_channel,
 };
 
 /// Starts the ranks of one node, of any program, and leaves no process behind

@@ -30,6 +30,8 @@ impl Drop for Scratch {
         if let Some(path) = &self.0 {
             // What cannot be removed is a few bytes in a directory for temporary files.
             let _ = fs::remove_dir_all(path);
+            // The parent is shared by the attempts; the last one removes it.
+            let _ = path.parent().map(fs::remove_dir);
         }
     }
 }
@@ -43,7 +45,8 @@ impl Places {
             let node = if assignment.nnodes > 1 { job.join(format!("node_{}", assignment.node_rank)) } else { job };
             node.join(&attempt)
         });
-        let scratch = fs::create_dir_all(&launch.scratch_dir).is_ok().then(|| launch.scratch_dir.clone());
+        let scratch = launch.scratch_dir.join(&attempt);
+        let scratch = fs::create_dir_all(&scratch).is_ok().then_some(scratch);
         let places = Self { logs, scratch: Scratch(scratch) };
         if let Some(dir) = &places.logs {
             fs::create_dir_all(dir).map_err(|source| LaunchError::File {

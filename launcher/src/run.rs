@@ -9,6 +9,7 @@ use std::ffi::OsString;
 use std::sync::{Arc, Mutex, PoisonError};
 use std::time::Duration;
 
+use tokio::signal::unix::{SignalKind, signal};
 use tokio::sync::{mpsc, oneshot};
 use tokio::task::JoinSet;
 use tokio::time::timeout;
@@ -41,6 +42,10 @@ const ERROR_FILE_VARIABLE: &str = "TORCHELASTIC_ERROR_FILE";
 pub async fn run(launch: Launch, mut stop: Stop) -> Result<Report, LaunchError> {
     let logs =
         LogThread::start().map_err(|source| LaunchError::System { action: "start the thread of the logs", source })?;
+    // A parent that ignores SIGCHLD bequeaths that, and the kernel would reap our children unseen. A handler undoes it, here
+    // and, because exec resets handlers, in the nannies.
+    let _children =
+        signal(SignalKind::child()).map_err(|source| LaunchError::System { action: "handle signals", source })?;
     strays::adopt();
     let mut job = Job::begin(&launch)?;
     let mut next = job.first(&launch, &mut stop).await?;

@@ -183,6 +183,28 @@ fn all_ranks_are_started_again_after_a_failure() {
 }
 
 #[test]
+fn an_error_file_belongs_to_its_attempt_and_nothing_temporary_stays() {
+    let marked = Marked::new();
+    let script = "if [ $TORCHELASTIC_RESTART_COUNT = 0 ]; then echo stale > $TORCHELASTIC_ERROR_FILE; fi; exit 5";
+    let finished = marked.run(marked.shell(1, &["--max-restarts=1"], script));
+    assert_eq!(finished.stderr.matches("it reported: stale").count(), 1, "{}", finished.stderr);
+    assert_eq!(fs::read_dir(marked.dir.path()).expect("it exists").count(), 0);
+    marked.assert_nothing_left();
+}
+
+#[test]
+fn exit_codes_survive_a_parent_that_ignores_its_children() {
+    let marked = Marked::new();
+    let inner = marked.shell(1, &[], "exit 7");
+    let mut outer = std::process::Command::new("env");
+    outer.arg("--ignore-signal=CHLD").arg(inner.get_program()).args(inner.get_args());
+    outer.env_clear().envs(inner.get_envs().filter_map(|(name, value)| Some((name, value?))));
+    outer.stdout(std::process::Stdio::piped()).stderr(std::process::Stdio::piped());
+    assert_eq!(marked.run(outer).code, Some(7));
+    marked.assert_nothing_left();
+}
+
+#[test]
 fn some_exit_codes_are_final_and_restarts_are_limited() {
     let starts = |flags: &[&str], code: i32| {
         let marked = Marked::new();

@@ -27,4 +27,5 @@ pub use prune::{Delete, Pruned, prune};
 pub use read::VerifiedFile;
 pub use resume::plan_resume;
 pub use verify::{Depth, Verified, verify};
+pub(crate) use write::data_bytes;
 pub use write::{WriteRequest, write_shard};

@@ -45,6 +45,8 @@ pub struct CoordinatorConfig {
     pub join_deadline: Duration,
     /// Where generations are made durable.
     pub state_directory: PathBuf,
+    /// Whether the plan loads a checkpoint of this root.
+    pub resumed: bool,
     /// Where checkpoints go; none means that the job cannot save.
     pub checkpoint_root: Option<PathBuf>,
 }
@@ -101,7 +103,12 @@ impl Coordinator {
     pub fn start(config: CoordinatorConfig, tasks: &mut Tasks) -> Result<Self, CoordinatorError> {
         let journal = Journal::open(&config.state_directory)?;
         let settings =
-            Settings { world: config.plan.world, after_load: config.after_load, join_deadline: config.join_deadline };
+            Settings {
+                world: config.plan.world,
+                after_load: config.after_load,
+                join_deadline: config.join_deadline,
+                resumed: config.resumed,
+            };
         let plan_bytes = config.plan.encode();
         let (events, queue) = mpsc::channel(QUEUE);
         let incarnation = format!("{:x}-{}", crate::clock::unix_ns(), std::process::id());

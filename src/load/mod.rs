@@ -25,6 +25,6 @@ mod statistics;
 mod tests;
 
 pub use error::LoadError;
-pub use report::{LoadReport, StageTimes};
+pub use report::{LoadReport, StageTimes, logical_digests};
 pub use scan::{ScanError, scan};
 pub use run::{Cancel, LoadOptions, load};

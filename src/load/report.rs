@@ -1,11 +1,13 @@
 //! The figures of one rank's load.
 
+use std::collections::BTreeMap;
 use std::sync::atomic::{AtomicU64, Ordering};
 use std::time::Duration;
 
 use serde::{Deserialize, Serialize};
 
-use crate::types::Rank;
+use crate::plan::LoadPlan;
+use crate::types::{Fqn, Rank, TensorDigest};
 
 /// What one rank's load took.
 #[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
@@ -30,6 +32,27 @@ pub struct LoadReport {
     pub stages: StageTimes,
     /// Peak resident memory of the process.
     pub peak_resident_bytes: u64,
+    /// By tensor and component: the digests of the bytes that the rank owns; empty unless the plan asks for them.
+    pub owned_digests: Vec<Vec<TensorDigest>>,
+}
+
+/// The digest of every logical tensor, from the reports of all ranks in order; nothing when one has none.
+#[must_use]
+pub fn logical_digests(plan: &LoadPlan, reports: &[LoadReport]) -> Option<BTreeMap<Fqn, TensorDigest>> {
+    if reports.len() != plan.world.count() {
+        return None;
+    }
+    let mut digests = BTreeMap::new();
+    for (index, tensor) in plan.tensors.iter().enumerate() {
+        let mut digest = TensorDigest::empty();
+        for component in 0..tensor.components().len() {
+            for report in reports {
+                digest = digest.append(*report.owned_digests.get(index)?.get(component)?);
+            }
+        }
+        digests.insert(tensor.fqn.clone(), digest);
+    }
+    Some(digests)
 }
 
 /// Seconds spent in each stage, summed over the threads that work in it; waiting for others is not counted, except in

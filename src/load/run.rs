@@ -95,6 +95,7 @@ pub fn load(
         wall_s: start.elapsed().as_secs_f64(),
         stages: meters.stages(),
         peak_resident_bytes: 0,
+        owned_digests: if plan.digests { state.owned_digests() } else { Vec::new() },
     };
     Ok((state, report))
 }

@@ -51,6 +51,7 @@ fn make_plan(case: &Case) -> LoadPlan {
         dtype: DTypeRule::Convert(DType::F32),
         quantization: case.quantization.clone(),
         chunking: Chunking { chunk_bytes: case.chunk_bytes, reader_threads: 3, queue_chunks: 4 },
+        digests: false,
     };
     plan(request, &index, &skeleton, &binding).expect("a plan")
 }

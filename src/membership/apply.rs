@@ -29,7 +29,7 @@ impl Membership {
                 Ok(self.abort(Cause { rank: Some(rank), message: format!("rank {rank} {message}"), exit_code }))
             }
             Event::SaveRequested(step) => self.save_requested(step),
-            Event::DrainRequested => self.drain_requested(),
+            Event::DrainRequested(save) => self.drain_requested(save),
             Event::Tick => Ok(self.tick(now)),
         }
     }
@@ -140,8 +140,13 @@ impl Membership {
         self.work_done()
     }
 
-    /// The work asked for is done: end, or hold and wait.
+    /// The work asked for is done: save once more if a drain asks for it, then end, or hold and wait.
     fn work_done(&mut self) -> Vec<Effect> {
+        let saved = self.settings.resumed || self.last_checkpoint.is_some();
+        if let Some(step) = self.save_before_end.take().filter(|_| !saved) {
+            self.phase = Phase::Beginning { step };
+            return vec![Effect::BeginSave(step)];
+        }
         let ends = self.draining || self.settings.after_load.then == ExitPolicy::Exit;
         self.phase = if ends { Phase::Finished } else { Phase::Holding };
         Vec::new()
@@ -182,13 +187,19 @@ impl Membership {
         Ok(vec![Effect::BeginSave(step)])
     }
 
-    fn drain_requested(&mut self) -> Result<Vec<Effect>, Refusal> {
+    fn drain_requested(&mut self, save: Option<Step>) -> Result<Vec<Effect>, Refusal> {
         self.refuse_if_over()?;
         self.draining = true;
-        if self.phase == Phase::Holding {
-            self.phase = Phase::Finished;
+        self.save_before_end = save;
+        match self.phase {
+            Phase::Holding => Ok(self.work_done()),
+            // Without ranks there is nothing to end in an orderly way.
+            Phase::Forming => {
+                self.phase = Phase::Finished;
+                Ok(Vec::new())
+            }
+            _ => Ok(Vec::new()),
         }
-        Ok(Vec::new())
     }
 
     fn tick(&mut self, now: Instant) -> Vec<Effect> {

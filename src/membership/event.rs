@@ -123,8 +123,8 @@ pub enum Event {
     },
     /// Somebody asks for a checkpoint now.
     SaveRequested(Step),
-    /// Somebody asks for an orderly end.
-    DrainRequested,
+    /// Somebody asks for an orderly end. With a step, a checkpoint of it is written first, unless this job has one.
+    DrainRequested(Option<Step>),
     /// Time passes.
     Tick,
 }

@@ -42,6 +42,8 @@ pub struct Settings {
     pub after_load: AfterLoad,
     /// How long ranks may take to join.
     pub join_deadline: Duration,
+    /// Whether the job was resumed from a checkpoint, which then already has what it holds.
+    pub resumed: bool,
 }
 
 /// The job as a whole.
@@ -55,6 +57,7 @@ pub struct Membership {
     members: Vec<Option<Member>>,
     next_member: u64,
     draining: bool,
+    save_before_end: Option<Step>,
     last_checkpoint: Option<String>,
 }
 
@@ -141,6 +144,7 @@ impl Membership {
             members: vec![None; settings.world.count()],
             next_member: 1,
             draining: false,
+            save_before_end: None,
             last_checkpoint: None,
         }
     }

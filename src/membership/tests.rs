@@ -14,7 +14,7 @@ impl Job {
     fn new(world: u32, after_load: AfterLoad) -> Self {
         let now = crate::clock::now();
         let world = WorldSize::new(world).expect("not zero");
-        let settings = Settings { world, after_load, join_deadline: Duration::from_secs(60) };
+        let settings = Settings { world, after_load, join_deadline: Duration::from_secs(60), resumed: false };
         Self { membership: Membership::new(settings, Generation(7), now), now }
     }
 
@@ -174,7 +174,7 @@ fn a_holding_job_saves_and_drains_on_request() {
     job.loaded(0).expect("current");
     assert_eq!(job.membership.phase(), &Phase::Holding);
     assert!(matches!(job.apply(Event::SaveRequested(Step(0))).expect("now")[..], [Effect::BeginSave(Step(0))]));
-    job.apply(Event::DrainRequested).expect("accepted while saving");
+    job.apply(Event::DrainRequested(None)).expect("accepted while saving");
     job.apply(Event::SaveBegun { attempt: Attempt(3), directory: String::new() }).expect("no refusal");
     job.saved(0).expect("current");
     job.apply(Event::Committed { directory: "d".to_owned() }).expect("no refusal");
@@ -193,4 +193,17 @@ fn ranks_that_never_join_are_named() {
     }
     let Phase::Aborted(cause) = job.membership.phase() else { unreachable!("70 s have passed") };
     assert!(cause.message.starts_with("ranks 0, 2 have not joined"), "{}", cause.message);
+}
+
+/// A drain in the middle of a load waits for it, saves, and ends; a second one changes nothing.
+#[test]
+fn a_drain_while_loading_saves_before_it_ends() {
+    let mut job = Job::formed(1, HOLD);
+    job.apply(Event::DrainRequested(Some(Step(0)))).expect("accepted");
+    job.apply(Event::DrainRequested(Some(Step(0)))).expect("accepted");
+    assert!(matches!(job.loaded(0).expect("current")[..], [Effect::BeginSave(Step(0))]));
+    job.apply(Event::SaveBegun { attempt: Attempt(3), directory: String::new() }).expect("no refusal");
+    job.saved(0).expect("current");
+    job.apply(Event::Committed { directory: "d".to_owned() }).expect("no refusal");
+    assert_eq!(job.membership.phase(), &Phase::Finished);
 }

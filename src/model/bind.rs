@@ -1,5 +1,6 @@
 //! Binding the names of a file to those of a skeleton (`MO-1`), as transformers matches them.
 
+use std::collections::btree_map::Entry;
 use std::collections::{BTreeMap, BTreeSet};
 
 use super::error::{MAX_NAMED_KEYS, ShapeMismatch};
@@ -47,7 +48,7 @@ impl Skeleton {
     ///
     /// # Errors
     /// [`KeyMismatch`] with everything that is missing, unexpected, or of another shape.
-    pub fn bind(&self, index: &ModelIndex) -> Result<Binding, KeyMismatch> {
+    pub fn bind(&self, index: &ModelIndex) -> Result<Binding, Box<KeyMismatch>> {
         let names = Names::new(self, index);
         let mut binding = Binding::default();
         let mut mismatch = KeyMismatch { architecture: self.architecture.name(), ..KeyMismatch::default() };
@@ -67,14 +68,13 @@ impl Skeleton {
             }
         }
         for (target, found) in tied {
-            if binding.sources.contains_key(&target) {
-                binding.ignored.push(found.clone());
-            } else {
-                binding.sources.insert(target, found.clone());
+            match binding.sources.entry(target) {
+                Entry::Occupied(_) => binding.ignored.push(found.clone()),
+                Entry::Vacant(free) => _ = free.insert(found.clone()),
             }
         }
         self.check_bound(index, &mut binding, &mut mismatch);
-        if mismatch.is_empty() { Ok(binding) } else { Err(mismatch) }
+        if mismatch.is_empty() { Ok(binding) } else { Err(Box::new(mismatch)) }
     }
 
     /// That every tensor is there in its shape.
@@ -108,10 +108,9 @@ impl Skeleton {
 
 /// Two names of the file may be one name of the skeleton, with and without the prefix; the second one is unexpected.
 fn bind_one(binding: &mut Binding, mismatch: &mut KeyMismatch, name: Fqn, found: &Fqn) {
-    if binding.sources.contains_key(&name) {
-        mismatch.unexpected.push(found);
-    } else {
-        binding.sources.insert(name, found.clone());
+    match binding.sources.entry(name) {
+        Entry::Occupied(_) => mismatch.unexpected.push(found),
+        Entry::Vacant(free) => _ = free.insert(found.clone()),
     }
 }
 

@@ -10,6 +10,10 @@ use crate::types::DType;
 const MAX_LAYERS: u64 = 4096;
 /// The largest size of a dim: the product of two fits 64 bits.
 const MAX_DIM: u64 = 1 << 31;
+/// The largest head; every rank computes a buffer of half as many frequencies.
+const MAX_HEAD_DIM: u64 = 1 << 16;
+/// The longest sequence; for BERT every rank computes buffers of this length.
+const MAX_POSITIONS: u64 = 1 << 27;
 
 /// The families whose skeleton is known.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]
@@ -176,16 +180,17 @@ impl ModelConfig {
         let kv_heads = size("num_key_value_heads", raw.num_key_value_heads.or(Some(heads)))?;
         divides(("num_attention_heads", heads), ("num_key_value_heads", kv_heads))?;
         let head_dim = match raw.head_dim.filter(|_| !bert) {
-            Some(given) => size("head_dim", Some(given))?,
+            Some(given) => given,
             None => {
                 divides(("hidden_size", hidden_size), ("num_attention_heads", heads))?;
                 hidden_size / heads
             }
         };
+        within("head_dim", Some(head_dim), MAX_HEAD_DIM)?;
         within("num_attention_heads * head_dim", heads.checked_mul(head_dim), MAX_DIM)?;
         let layers = within("num_hidden_layers", raw.num_hidden_layers, MAX_LAYERS)?;
         let max_positions = raw.max_position_embeddings.unwrap_or(if bert { 512 } else { 2048 });
-        let max_positions = size("max_position_embeddings", Some(max_positions))?;
+        within("max_position_embeddings", Some(max_positions), MAX_POSITIONS)?;
         let text = |value: &Option<String>, other: &str| value.clone().unwrap_or_else(|| other.to_owned());
         Ok(Self {
             architecture,

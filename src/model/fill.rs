@@ -4,11 +4,11 @@ use half::{bf16, f16};
 
 use crate::types::{DType, as_u64, as_usize};
 
-/// Elements that share one pair of hash keys; a power of two.
-const KEY_ELEMENTS: u64 = 1 << 16;
+/// Elements that take their bits from one hash: 16 bits each.
+const GROUP: usize = 4;
 
-/// The sum of four uniform bytes takes this many values: 0 to 4 * 255.
-const LEVELS: usize = 1021;
+/// Quantiles of the normal distribution in the table; a value is one of them, chosen by 12 of its 16 bits.
+const LEVELS: u16 = 1 << 12;
 
 /// The standard deviation of generated weights, which transformers calls `initializer_range`.
 const STANDARD_DEVIATION: f64 = 0.02;
@@ -16,7 +16,7 @@ const STANDARD_DEVIATION: f64 = 0.02;
 /// How a tensor begins.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub(super) enum Init {
-    /// Bell-shaped around 0: the sum of four uniform bytes.
+    /// Normal around 0, to about 3.7 standard deviations.
     Normal,
     /// All 1: the weight of a norm.
     Ones,
@@ -29,7 +29,7 @@ pub(super) enum Init {
 pub(super) struct Values {
     size: usize,
     seed: u64,
-    /// Little-endian elements by sum of bytes.
+    /// Little-endian elements, by level.
     levels: Vec<[u8; 4]>,
     one: [u8; 4],
 }
@@ -43,10 +43,7 @@ impl Values {
             DType::BF16 => |value| widen(bf16::from_f32(value).to_le_bytes()),
             _ => return None,
         };
-        // Four bytes, each of variance (256^2 - 1) / 12.
-        let scale = STANDARD_DEVIATION / (65535.0_f64 / 3.0).sqrt();
-        let level = |sum: u16| narrow((f64::from(sum) - 510.0) * scale);
-        let levels = (0_u16..).take(LEVELS).map(|sum| encode(level(sum))).collect();
+        let levels = normal_quantiles().map(|quantile| encode(narrow(quantile * STANDARD_DEVIATION))).collect();
         Some(Self { size: as_usize(dtype.size_bytes()), seed, levels, one: encode(1.0) })
     }
 
@@ -65,67 +62,70 @@ impl Values {
     }
 
     fn fill_normal<const SIZE: usize>(&self, tensor: u64, offset: u64, out: &mut [u8]) {
-        let mut table = [[0_u8; SIZE]; 1024];
-        for (entry, level) in table.iter_mut().zip(&self.levels) {
-            *entry = *level.first_chunk().expect("SIZE is at most 4");
-        }
-        let mut element = offset / as_u64(SIZE);
-        let skip = as_usize(offset % as_u64(SIZE));
-        let mut rest = out;
-        if skip > 0 {
-            // The range begins within an element.
-            let bytes = table[level(self.keys(tensor, element), within(element))];
-            let head = rest.len().min(SIZE - skip);
-            let (now, later) = std::mem::take(&mut rest).split_at_mut(head);
-            now.copy_from_slice(&bytes[skip..skip + head]);
-            (rest, element) = (later, element + 1);
-        }
-        while !rest.is_empty() {
-            let keys = self.keys(tensor, element);
-            let here = as_usize(KEY_ELEMENTS - element % KEY_ELEMENTS).saturating_mul(SIZE).min(rest.len());
-            let (now, later) = std::mem::take(&mut rest).split_at_mut(here);
-            let first = within(element);
-            let (whole, tail) = now.as_chunks_mut::<SIZE>();
-            for (index, bytes) in (first..).zip(whole.iter_mut()) {
-                *bytes = table[level(keys, index)];
+        // A table of the element's own size: half the cache for the two-byte types.
+        let table: Vec<[u8; SIZE]> =
+            self.levels.iter().map(|level| *level.first_chunk().expect("SIZE is at most 4")).collect();
+        let table: &[[u8; SIZE]; LEVELS as usize] = table.as_slice().try_into().expect("one entry per level");
+        let key = splitmix64(self.seed ^ splitmix64(tensor));
+        let write = |group: u64, elements: &mut [[u8; SIZE]]| {
+            // The counter form of SplitMix64: the state after `group` steps.
+            let mut hash = splitmix64(key.wrapping_add(group.wrapping_mul(GOLDEN_GAMMA)));
+            for element in elements {
+                *element = table[as_usize(hash % u64::from(LEVELS))];
+                hash >>= 16;
             }
-            element += as_u64(whole.len());
-            if !tail.is_empty() {
-                // It ends within one; only the last round has such a tail.
-                let bytes = table[level(keys, within(element))];
-                tail.copy_from_slice(&bytes[..tail.len()]);
-            }
-            rest = later;
+        };
+        let group_bytes = SIZE * GROUP;
+        let mut group = offset / as_u64(group_bytes);
+        // The range may begin and end within a group; such a group is made whole, and a part of it is copied.
+        let partial = |group: u64, skip: usize, out: &mut [u8]| {
+            let mut elements = [[0; SIZE]; GROUP];
+            write(group, &mut elements);
+            out.iter_mut().zip(elements.as_flattened().iter().skip(skip)).for_each(|(byte, &made)| *byte = made);
+        };
+        let skip = as_usize(offset) % group_bytes;
+        let head = if skip > 0 { out.len().min(group_bytes - skip) } else { 0 };
+        let (first, rest) = out.split_at_mut(head);
+        if !first.is_empty() {
+            partial(group, skip, first);
+            group += 1;
         }
-    }
-
-    fn keys(&self, tensor: u64, element: u64) -> [u32; 2] {
-        let mixed = splitmix64(splitmix64(self.seed ^ splitmix64(tensor)).wrapping_add(element / KEY_ELEMENTS));
-        let [low, high] = [mixed & u64::from(u32::MAX), mixed >> 32];
-        [low, high].map(|half| u32::try_from(half).expect("32 bits"))
+        let mut groups = rest.chunks_exact_mut(group_bytes);
+        for bytes in groups.by_ref() {
+            write(group, bytes.as_chunks_mut().0);
+            group += 1;
+        }
+        partial(group, 0, groups.into_remainder());
     }
 }
 
-/// The element's number among those that share its keys.
-fn within(element: u64) -> u32 {
-    u32::try_from(element % KEY_ELEMENTS).expect("below KEY_ELEMENTS")
+/// The middle quantiles of [`LEVELS`] equal parts of the standard normal distribution, ascending.
+fn normal_quantiles() -> impl Iterator<Item = f64> {
+    /// Fine enough that a quantile is off by 1e-4 standard deviations at most.
+    const STEP: f64 = 1e-4;
+    let half = LEVELS / 2;
+    let (mut x, mut mass) = (0.0_f64, 0.0_f64);
+    let mut upper = Vec::with_capacity(usize::from(half));
+    for level in 0..half {
+        let wanted = (f64::from(level) + 0.5) / f64::from(LEVELS);
+        while mass < wanted {
+            // The midpoint rule for the integral of the density.
+            let middle = x + STEP / 2.0;
+            mass += STEP * (-middle * middle / 2.0).exp() / std::f64::consts::TAU.sqrt();
+            x += STEP;
+        }
+        upper.push(x);
+    }
+    let lower: Vec<f64> = upper.iter().rev().map(|quantile| -quantile).collect();
+    lower.into_iter().chain(upper)
 }
 
-/// The sum of the four bytes of a hash of `index`; two rounds of multiply and shift mix every bit into every byte.
-#[inline]
-fn level([first, second]: [u32; 2], index: u32) -> usize {
-    let mut hash = index.wrapping_mul(0x9e37_79b1) ^ first;
-    hash = (hash ^ (hash >> 16)).wrapping_mul(0x7feb_352d).wrapping_add(second);
-    hash = (hash ^ (hash >> 15)).wrapping_mul(0x846c_a68b);
-    hash ^= hash >> 16;
-    let pairs = (hash & 0x00ff_00ff) + ((hash >> 8) & 0x00ff_00ff);
-    // At most 4 * 255, below the table's 1024.
-    ((pairs & 0xffff) + (pairs >> 16)) as usize & 1023
-}
+/// The step of SplitMix64's state: 2^64 over the golden ratio.
+const GOLDEN_GAMMA: u64 = 0x9e37_79b9_7f4a_7c15;
 
 /// The output function of SplitMix64 (Steele, Lea, Flood, 2014).
 fn splitmix64(value: u64) -> u64 {
-    let mut z = value.wrapping_add(0x9e37_79b9_7f4a_7c15);
+    let mut z = value.wrapping_add(GOLDEN_GAMMA);
     z = (z ^ (z >> 30)).wrapping_mul(0xbf58_476d_1ce4_e5b9);
     z = (z ^ (z >> 27)).wrapping_mul(0x94d0_49bb_1331_11eb);
     z ^ (z >> 31)
@@ -153,25 +153,23 @@ mod tests {
     }
 
     proptest! {
-        /// MO-3: any cut gives the bytes of the whole, also within elements and across key blocks.
+        /// MO-3: any cut gives the bytes of the whole, also within elements.
         #[test]
-        fn mo_3_ranges_give_the_whole(start in 0_usize..300_000, len in 0_usize..2000, f32_too in any::<bool>()) {
+        fn mo_3_ranges_give_the_whole(start in 0_usize..300_000, len in 0_usize..70, f32_too in any::<bool>()) {
             let dtype = if f32_too { DType::F32 } else { DType::BF16 };
             let values = Values::new(dtype, 3).expect("a float");
             for init in [Init::Normal, Init::Ones, Init::Zeros] {
-                // Cut at odd places around `start`, and around the border of a key block.
-                for start in [start, as_usize(KEY_ELEMENTS) * 2 - len / 2, as_usize(KEY_ELEMENTS) * 4 - 3] {
-                    let whole = bytes(&values, init, start - start % 4..start + len);
-                    prop_assert_eq!(&bytes(&values, init, start..start + len)[..], &whole[start % 4..]);
-                }
+                // The whole begins with a group, whatever the element's size.
+                let whole = bytes(&values, init, start - start % 16..start + len);
+                prop_assert_eq!(&bytes(&values, init, start..start + len)[..], &whole[start % 16..]);
             }
         }
     }
 
-    /// The moments of a bell of standard deviation 0.02: over a million values the mean is within 5 standard errors
+    /// The moments of a normal of standard deviation 0.02: over a million values the mean is within 5 standard errors
     /// (0.02 / 1000 each) of 0, and the standard deviation within 1 %.
     #[test]
-    fn values_are_bell_shaped() {
+    fn values_are_normal() {
         let values = Values::new(DType::F32, 0).expect("a float");
         let bytes = bytes(&values, Init::Normal, 0..4_000_000);
         let floats: Vec<f64> = bytes.as_chunks().0.iter().map(|one| f64::from(f32::from_le_bytes(*one))).collect();
@@ -179,12 +177,26 @@ mod tests {
         let deviation = (floats.iter().map(|value| (value - mean).powi(2)).sum::<f64>() / 1e6).sqrt();
         assert!(mean.abs() < 1e-4, "{mean}");
         assert!((deviation - 0.02).abs() < 2e-4, "{deviation}");
-        // 68.3 % of a normal distribution lie within one standard deviation; four bytes come close.
-        let within = floats.iter().filter(|value| value.abs() < 0.02).count();
-        assert!((660_000..700_000).contains(&within), "{within}");
+        // Of a normal distribution 68.27 % lie within one standard deviation and 95.45 % within two; 5 standard errors.
+        let within = |bound: f64| floats.iter().filter(|value| value.abs() < bound).count();
+        assert!((680_300..685_100).contains(&within(0.02)), "{}", within(0.02));
+        assert!((953_400..955_600).contains(&within(0.04)), "{}", within(0.04));
         // Neighbours are not correlated: 5 standard errors of 1 / 1000.
-        let product: f64 = floats.windows(2).map(|pair| pair[0] * pair[1]).sum::<f64>() / 1e6;
-        assert!((product / 4e-4).abs() < 5e-3, "{product}");
+        for distance in [1, 2, 3, 4, 8] {
+            let products = floats.iter().zip(floats.iter().skip(distance)).map(|(one, other)| one * other);
+            let correlation = products.sum::<f64>() / 1e6 / 4e-4;
+            assert!(correlation.abs() < 5e-3, "{correlation} at distance {distance}");
+        }
+    }
+
+    /// From a table of the normal distribution: 25 % lie above 0.6745, 2.5 % above 1.9600.
+    #[test]
+    fn quantiles_are_those_of_the_table() {
+        let quantiles: Vec<f64> = normal_quantiles().collect();
+        assert_eq!(quantiles.len(), 4096);
+        assert!((quantiles[3072] - 0.6745).abs() < 1e-3, "{}", quantiles[3072]);
+        assert!((quantiles[3994] - 1.9600).abs() < 5e-3, "{}", quantiles[3994]);
+        assert!(quantiles.is_sorted() && quantiles[0] == -quantiles[4095]);
     }
 
     #[test]

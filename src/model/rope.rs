@@ -97,8 +97,10 @@ impl RawRope {
         let factor = || need("factor", self.factor);
         let original = || match self.original_max_position_embeddings {
             None => Ok(max_positions),
-            length => whole(need("original_max_position_embeddings", length)?)
-                .ok_or_else(|| ModelError::Rope { rope_type: rope_type.to_owned(), field: "original_max_position_embeddings" }),
+            length => whole(need("original_max_position_embeddings", length)?).ok_or_else(|| ModelError::Rope {
+                rope_type: rope_type.to_owned(),
+                field: "original_max_position_embeddings",
+            }),
         };
         Ok(match rope_type {
             "default" => RopeScaling::Default,
@@ -262,7 +264,8 @@ mod tests {
     #[test]
     fn yarn_by_hand() {
         let rope = rope(10000.0, 128, r#"{"rope_type":"yarn","factor":4.0,"original_max_position_embeddings":4096}"#);
-        let (plain, found) = (RopeParameters { scaling: RopeScaling::Default, ..rope.clone() }.inv_freq(), rope.inv_freq());
+        let (plain, found) =
+            (RopeParameters { scaling: RopeScaling::Default, ..rope.clone() }.inv_freq(), rope.inv_freq());
         assert_eq!(plain[0], found[0]);
         assert_eq!(plain[63] / 4.0, found[63]);
         assert!((rope.attention_factor() - (0.1 * 4.0_f64.ln() + 1.0)).abs() < 1e-12);

@@ -76,9 +76,9 @@ impl Sizes {
             _ => 128,
         };
         // A hidden size between two multiples of the head keeps the head smaller rather than leave a rest.
-        let head_dim = if hidden % head_dim == 0 { head_dim } else { 32 };
+        let head_dim = if hidden.is_multiple_of(head_dim) { head_dim } else { 32 };
         let heads = hidden / head_dim;
-        let grouped = architecture != Architecture::Bert && heads % 4 == 0 && heads >= 8;
+        let grouped = architecture != Architecture::Bert && heads.is_multiple_of(4) && heads >= 8;
         let vocab = match (parameters, architecture) {
             (..1_000_000, _) => 512,
             (..50_000_000, _) => 2048,

@@ -2,6 +2,7 @@
 
 use std::collections::BTreeMap;
 
+use proptest::prelude::*;
 use serde_json::json;
 
 use super::*;
@@ -69,9 +70,9 @@ fn bert_models_have_their_published_counts() {
 
 fn read_tiny_llama() -> (Skeleton, ModelIndex) {
     const FILES: [(&str, &[u8]); 3] = [
-        file!("model-00001-of-00003.safetensors"),
-        file!("model-00002-of-00003.safetensors"),
-        file!("model-00003-of-00003.safetensors"),
+        tiny_llama!("model-00001-of-00003.safetensors"),
+        tiny_llama!("model-00002-of-00003.safetensors"),
+        tiny_llama!("model-00003-of-00003.safetensors"),
     ];
     let headers = FILES
         .iter()
@@ -82,18 +83,18 @@ fn read_tiny_llama() -> (Skeleton, ModelIndex) {
             (FileEntry { name: name.to_owned(), len_bytes }, header)
         })
         .collect();
-    let (name, json) = file!("model.safetensors.index.json");
+    let (name, json) = tiny_llama!("model.safetensors.index.json");
     let index = parse_index_json(name, json).expect("a real index");
     let index = merge(headers, Some(&index)).expect("a real model");
-    (Skeleton::from_config(file!("config.json").1).expect("a real configuration"), index)
+    (Skeleton::from_config(tiny_llama!("config.json").1).expect("a real configuration"), index)
 }
 
-macro_rules! file {
+macro_rules! tiny_llama {
     ($name:literal) => {
         ($name, include_bytes!(concat!(env!("CARGO_MANIFEST_DIR"), "/tests/data/tiny-llama/", $name)).as_slice())
     };
 }
-use file;
+use tiny_llama;
 
 /// A model that transformers saved: 2,755,008 parameters by its own index, embeddings tied.
 #[test]
@@ -237,15 +238,22 @@ fn bad_configurations_are_named() {
         let message = ModelConfig::parse(config.to_string().as_bytes()).expect_err(expected).to_string();
         assert!(message.contains(expected), "{message}");
     };
-    check(json!({"architectures": ["FalconForCausalLM"]}), "unknown architecture \"FalconForCausalLM\"; known are Llama");
+    check(
+        json!({"architectures": ["FalconForCausalLM"]}),
+        "unknown architecture \"FalconForCausalLM\"; known are Llama",
+    );
     check(json!({"architectures": null, "model_type": "t5"}), "unknown architecture \"t5\"");
     check(json!({"architectures": null}), "no architectures");
     check(json!({"hidden_size": null}), "no hidden_size");
     check(json!({"num_hidden_layers": 0}), "num_hidden_layers: expected 1 to 4096, found 0");
     check(json!({"num_hidden_layers": 100_000_000}), "expected 1 to 4096, found 100000000");
-    check(json!({"num_key_value_heads": 3}), "num_attention_heads is 4, which does not divide by num_key_value_heads = 3");
+    check(
+        json!({"num_key_value_heads": 3}),
+        "num_attention_heads is 4, which does not divide by num_key_value_heads = 3",
+    );
     check(json!({"hidden_size": 66}), "hidden_size is 66, which does not divide by num_attention_heads = 4");
-    check(json!({"head_dim": 2_000_000_000}), "num_attention_heads * head_dim");
+    check(json!({"head_dim": 2_000_000_000}), "head_dim: expected 1 to 65536");
+    check(json!({"head_dim": 65536, "num_attention_heads": 65536}), "num_attention_heads * head_dim");
     check(json!({"rope_theta": -1.0}), "rope_theta");
     check(json!({"vocab_size": "many"}), "cannot be read");
 }
@@ -313,7 +321,7 @@ fn generated_models_have_about_the_parameters_asked_for() {
     let families =
         [Architecture::Llama, Architecture::Mistral, Architecture::Qwen2, Architecture::Qwen3, Architecture::Bert];
     for architecture in families {
-        for text in ["300K", "3M", "30M", "135M", "1B", "7B", "70B"] {
+        for text in ["100K", "300K", "3M", "30M", "135M", "1B", "7B", "70B", "400B"] {
             let asked = parse_parameters(text).expect("a number");
             let model = new_model(architecture, asked, DEFAULT_FILE_BYTES);
             let off = model.parameters.abs_diff(asked) * 100 / asked;
@@ -375,4 +383,50 @@ fn requests_are_checked() {
     assert!(matches!(generate(&request), Err(GenerateError::Parameters { found: 1000 })));
     let request = GenerateRequest { parameters: 1_000_000, dtype: DType::I8, ..request };
     assert!(matches!(generate(&request), Err(GenerateError::DType { .. })));
+}
+
+fn numbers() -> impl Strategy<Value = serde_json::Value> {
+    prop_oneof![
+        (0_u64..70).prop_map(|number| json!(number)),
+        any::<u64>().prop_map(|number| json!(number)),
+        any::<f64>().prop_map(|number| json!(number)),
+        Just(serde_json::Value::Null),
+        Just(json!("text")),
+        Just(json!({"rope_type": "yarn", "factor": 1e-300, "rope_theta": 1.0000001})),
+        Just(json!({"rope_type": "llama3", "factor": 1e300, "low_freq_factor": 4, "high_freq_factor": 4})),
+    ]
+}
+
+proptest! {
+    /// No configuration makes the parser or the skeleton panic, whatever stands in its fields.
+    #[test]
+    fn configurations_never_panic(
+        edits in prop::collection::vec((0_usize..18, numbers()), 0..6), name in 0_usize..11,
+    ) {
+        const FIELDS: [&str; 18] = [
+            "hidden_size", "num_hidden_layers", "num_attention_heads", "num_key_value_heads", "head_dim",
+            "intermediate_size", "vocab_size", "max_position_embeddings", "type_vocab_size", "rope_theta",
+            "rope_scaling", "rope_parameters", "partial_rotary_factor", "rms_norm_eps", "sliding_window",
+            "architectures", "dtype", "quantization_config",
+        ];
+        const NAMES: [&str; 11] = [
+            "LlamaForCausalLM", "LlamaModel", "MistralForCausalLM", "MistralModel", "Qwen2ForCausalLM", "Qwen2Model",
+            "Qwen3ForCausalLM", "Qwen3Model", "BertModel", "BertForMaskedLM", "BertForPreTraining",
+        ];
+        let mut config = json!({
+            "architectures": [NAMES[name]], "hidden_size": 64, "num_hidden_layers": 2, "num_attention_heads": 4,
+            "intermediate_size": 128, "vocab_size": 256,
+        });
+        for (field, value) in edits {
+            config[FIELDS[field]] = value;
+        }
+        if let Ok(skeleton) = Skeleton::from_config(config.to_string().as_bytes()) {
+            prop_assert!(skeleton.parameters() > 0);
+            let dims = skeleton.config.as_ref().and_then(|config| config.rope.as_ref()).map_or(0, |rope| rope.dim);
+            prop_assert!(dims <= 1 << 16);
+            if let Some(BufferValues::F32(freqs)) = skeleton.buffers.first().map(Buffer::compute) {
+                prop_assert_eq!(as_u64(freqs.len()), dims / 2);
+            }
+        }
+    }
 }

@@ -33,6 +33,8 @@ pub struct LoadRequest {
     pub quantization: QuantizationRule,
     /// Sizes of chunks.
     pub chunking: Chunking,
+    /// Whether ranks report digests.
+    pub digests: bool,
 }
 
 /// Why there is no plan.
@@ -143,6 +145,7 @@ pub(crate) fn assemble(
         strategy: request.strategy,
         placement: request.placement,
         chunking: request.chunking,
+        digests: request.digests,
         root: request.root,
         files,
         digest_tables: Vec::new(),

@@ -74,6 +74,8 @@ pub struct LoadPlan {
     pub placement: Placement,
     /// How tensors are cut for reading and sending.
     pub chunking: Chunking,
+    /// Whether ranks report the digests of what they own when they have loaded.
+    pub digests: bool,
     /// The directory that all file names below are relative to.
     pub root: String,
     /// The files.

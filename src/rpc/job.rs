@@ -46,11 +46,8 @@ impl JobService for JobServer {
 
     async fn drain(&self, request: Request<v1::DrainRequest>) -> Result<Response<v1::DrainResponse>, Status> {
         expect_deadline(&request)?;
-        if request.get_ref().save {
-            let step = self.coordinator.next_step();
-            self.coordinator.apply(Event::SaveRequested(step)).await.map_err(|refusal| status(&refusal))?;
-        }
-        self.coordinator.apply(Event::DrainRequested).await.map_err(|refusal| status(&refusal))?;
+        let step = request.get_ref().save.then(|| self.coordinator.next_step());
+        self.coordinator.apply(Event::DrainRequested(step)).await.map_err(|refusal| status(&refusal))?;
         let views = self.coordinator.views();
         let header = convert::header(&self.coordinator, &views.borrow());
         Ok(Response::new(v1::DrainResponse { header: Some(header) }))

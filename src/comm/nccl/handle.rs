@@ -57,8 +57,8 @@ impl Handle {
         aborted: AbortFlag,
     ) -> Result<Self, CommError> {
         let number = |value: u32| {
-            let detail = || CommError::BadArgument { operation: Operation::Connect, detail: format!("{value} ranks") };
-            c_int::try_from(value).map_err(|_| detail())
+            let detail = format!("rank or world size {value} is beyond what NCCL counts");
+            c_int::try_from(value).map_err(|_| CommError::BadArgument { operation: Operation::Connect, detail })
         };
         let (world, rank) = (number(group.world.get())?, number(group.rank.0)?);
         let (mut raw, mut config) = (std::ptr::null_mut(), RawConfig::non_blocking());

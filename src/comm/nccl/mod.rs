@@ -5,7 +5,8 @@
 //!
 //! NCCL's messages carry no lengths, so of the promises of [`super`] this backend does not keep `CM-1`: ranks that follow
 //! different plans wait until the deadline. Sums have the same bits on every rank, in NCCL's order, not that of the ranks.
-//! A deadline counts from the start of a call: NCCL does not show progress.
+//! A deadline counts from the start of a call: NCCL does not show progress. Nobody else's work on a buffer may be under way
+//! on the device when a call begins; the copies of [`crate::device`] have ended when they return.
 //!
 //! See [`library`] and [`handle`] for `NC-1` to `NC-4`.
 
@@ -82,12 +83,18 @@ pub struct NcclCommunicator {
     failed: Option<CommError>,
 }
 
-/// Connects this rank with the others and returns when all ranks have done so.
+/// A communicator that is connecting; dropping it ends that.
+#[derive(Debug)]
+pub struct NcclConnecting {
+    communicator: NcclCommunicator,
+    patience: Patience,
+}
+
+/// Starts to connect this rank with the others.
 ///
 /// # Errors
-/// [`CommError::Nccl`] in the library's words, [`CommError::Device`] when the device cannot be used,
-/// [`CommError::Deadline`] when a rank does not come.
-pub fn connect(config: NcclConfig) -> Result<NcclCommunicator, CommError> {
+/// [`CommError::Nccl`] in the library's words, [`CommError::Device`] when the device cannot be used.
+pub fn start(config: NcclConfig) -> Result<NcclConnecting, CommError> {
     let NcclConfig { group, library, unique_id, device, deadline, idle_deadline } = config;
     let operation = Operation::Connect;
     check_root(group, group.rank, operation)?;
@@ -95,11 +102,39 @@ pub fn connect(config: NcclConfig) -> Result<NcclCommunicator, CommError> {
     let context = DeviceContext::open(device).map_err(failed)?;
     let token = context.allocate(F32_BYTES).map_err(failed)?;
     context.bind().map_err(failed)?;
-    let aborted = AbortFlag::default();
+    let (aborted, counters) = (AbortFlag::default(), Counters::default());
+    let patience = Patience::new(deadline);
     let handle = Arc::new(Handle::start(&library, group, unique_id, aborted.clone())?);
-    handle.wait(operation, &Patience::new(deadline), || Ok(true)).inspect_err(|_| handle.abort())?;
-    let counters = Counters::default();
-    Ok(NcclCommunicator { group, idle_deadline, handle, context, token, aborted, counters, failed: None })
+    let communicator =
+        NcclCommunicator { group, idle_deadline, handle, context, token, aborted, counters, failed: None };
+    Ok(NcclConnecting { communicator, patience })
+}
+
+/// Connects this rank with the others and returns when all ranks have done so.
+///
+/// # Errors
+/// Those of [`start`] and [`NcclConnecting::finish`].
+pub fn connect(config: NcclConfig) -> Result<NcclCommunicator, CommError> {
+    start(config)?.finish()
+}
+
+impl NcclConnecting {
+    /// A handle that ends connecting, and later the calls of the communicator.
+    #[must_use]
+    pub fn abort_handle(&self) -> AbortHandle {
+        self.communicator.abort_handle()
+    }
+
+    /// Returns when all ranks have connected.
+    ///
+    /// # Errors
+    /// [`CommError::Nccl`] in the library's words, [`CommError::Deadline`] when a rank does not come,
+    /// [`CommError::Aborted`].
+    pub fn finish(mut self) -> Result<NcclCommunicator, CommError> {
+        let done = self.communicator.handle.wait(Operation::Connect, &self.patience, || Ok(true));
+        self.communicator.failed = done.err();
+        self.communicator.failed.clone().map_or(Ok(self.communicator), Err)
+    }
 }
 
 /// The calls of one collective on a live communicator, from which the first error is kept.

@@ -186,3 +186,20 @@ fn nc_3_aborts_race_with_everything() {
         });
     }
 }
+
+#[test]
+fn connecting_can_be_aborted() {
+    let world = WorldSize::new(2).expect("two");
+    let config = configs(world, PATIENT, HEALTHY).remove(0);
+    let connecting = start(config).expect("it begins without the other rank");
+    let handle = connecting.abort_handle();
+    std::thread::scope(|scope| {
+        scope.spawn(move || handle.abort("the generation is over"));
+        match connecting.finish() {
+            Err(CommError::Aborted { operation: Operation::Connect, reason, .. }) => {
+                assert_eq!(reason, "the generation is over");
+            }
+            other => panic!("{other:?}"),
+        }
+    });
+}

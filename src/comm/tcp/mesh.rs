@@ -108,13 +108,14 @@ impl<'a> Polls<'a> {
 }
 
 impl Mesh {
-    pub(super) fn new(identity: Identity, peers: Vec<SocketAddr>, shared: Shared) -> Self {
+    pub(super) fn new(identity: Identity, peers: Vec<SocketAddr>, shared: Arc<Shared>, aborted: AbortFlag) -> Self {
         let world = identity.group.world.count();
+        shared.set_own(identity.group.rank);
         Self {
             identity,
             peers,
-            shared: Arc::new(shared),
-            aborted: AbortFlag::default(),
+            shared,
+            aborted,
             counters: Counters::default(),
             outgoing: (0..world).map(|_| Outgoing::Idle).collect(),
             incoming: (0..world).map(|_| None).collect(),

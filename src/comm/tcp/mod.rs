@@ -27,6 +27,7 @@ use self::handshake::Identity;
 use self::mesh::Mesh;
 use self::shared::Shared;
 use self::steps::{Relay, Scratch, Sending, Sequences, Sum};
+use super::abort::AbortFlag;
 use super::error::Goodbye;
 use super::{AbortHandle, CommError, Communicator, Counters, F32_BYTES, Group, Operation, Scatter};
 use super::{check, check_len, check_root, check_scatter, even_counts, host, host_mut, layout, place_own};
@@ -45,7 +46,8 @@ const BACKLOG: i32 = 4096;
 /// A bound port, whose address can be published before any peer is known.
 #[derive(Debug)]
 pub struct TcpPort {
-    listener: TcpListener,
+    shared: Arc<Shared>,
+    aborted: AbortFlag,
     address: SocketAddr,
 }
 
@@ -60,10 +62,18 @@ impl TcpPort {
         rustix::net::listen(&listener, BACKLOG).map_err(|errno| error(errno.into()))?;
         listener.set_nonblocking(true).map_err(error)?;
         let address = listener.local_addr().map_err(error)?;
-        Ok(Self { listener, address })
+        let shared = Arc::new(Shared::new(listener).map_err(error)?);
+        Ok(Self { shared, aborted: AbortFlag::default(), address })
     }
 
-    /// The address to publish.
+    /// A handle that ends [`connect`] on this port, and later the calls of the communicator that it gives.
+    #[must_use]
+    pub fn abort_handle(&self) -> AbortHandle {
+        abort_handle(&self.aborted, &self.shared)
+    }
+
+    /// The address to publish. When the port was bound on all interfaces, the publisher puts in the address that peers
+    /// reach this host by.
     #[must_use]
     pub const fn address(&self) -> SocketAddr {
         self.address
@@ -125,12 +135,10 @@ pub fn connect(config: TcpConfig, port: TcpPort) -> Result<TcpCommunicator, Comm
     check(peers.len() == group.world.count(), operation, || {
         format!("expected {} addresses, one for each rank, found {}", group.world, peers.len())
     })?;
-    let shared =
-        Shared::new(group.rank, port.listener).map_err(|source| CommError::io("an event descriptor", source))?;
     let mut communicator = TcpCommunicator {
         group,
         idle_deadline,
-        mesh: Mesh::new(Identity { group, generation, secret }, peers, shared),
+        mesh: Mesh::new(Identity { group, generation, secret }, peers, port.shared, port.aborted),
         sequences: Sequences::new(group.world.count()),
         scratch: None,
         failed: None,
@@ -323,12 +331,13 @@ impl Communicator for TcpCommunicator {
     }
 
     fn abort_handle(&self) -> AbortHandle {
-        let (shared, rank) = (Arc::clone(&self.mesh.shared), self.group.rank);
-        self.mesh.aborted.handle(move |reason| {
-            shared.wake();
-            shared.close(&Goodbye::Aborted { culprit: rank, reason: reason.to_owned() });
-        })
+        abort_handle(&self.mesh.aborted, &self.mesh.shared)
     }
+}
+
+fn abort_handle(aborted: &AbortFlag, shared: &Arc<Shared>) -> AbortHandle {
+    let shared = Arc::clone(shared);
+    aborted.handle(move |reason| shared.abort(reason))
 }
 
 impl Drop for TcpCommunicator {

@@ -10,7 +10,7 @@
 use std::io;
 use std::net::{Shutdown, TcpListener, TcpStream};
 use std::os::fd::OwnedFd;
-use std::sync::{Arc, Mutex, PoisonError};
+use std::sync::{Arc, Mutex, OnceLock, PoisonError};
 
 use rustix::event::EventfdFlags;
 use rustix::net::SendFlags;
@@ -22,7 +22,8 @@ use crate::types::Rank;
 /// The sockets of one communicator.
 #[derive(Debug)]
 pub(super) struct Shared {
-    own: Rank,
+    /// Our rank, for goodbyes; known once the group is.
+    own: OnceLock<Rank>,
     /// Readable once the communicator is aborted.
     pub(super) wake: OwnedFd,
     pub(super) listener: TcpListener,
@@ -39,13 +40,25 @@ struct Sockets {
 }
 
 impl Shared {
-    pub(super) fn new(own: Rank, listener: TcpListener) -> io::Result<Self> {
+    pub(super) fn new(listener: TcpListener) -> io::Result<Self> {
         let wake = rustix::event::eventfd(0, EventfdFlags::NONBLOCK | EventfdFlags::CLOEXEC)?;
-        Ok(Self { own, wake, listener, sockets: Mutex::default() })
+        Ok(Self { own: OnceLock::new(), wake, listener, sockets: Mutex::default() })
+    }
+
+    /// Says which rank this is; before that there are no peers to say goodbye to.
+    pub(super) fn set_own(&self, own: Rank) {
+        self.own.get_or_init(|| own);
+    }
+
+    /// What an abort does, from any thread: wakes ours and closes.
+    pub(super) fn abort(&self, reason: &str) {
+        self.wake();
+        let culprit = self.own.get().copied().unwrap_or(Rank::ZERO);
+        self.close(&Goodbye::Aborted { culprit, reason: reason.to_owned() });
     }
 
     /// Wakes the communicator's thread now and whenever it would wait again.
-    pub(super) fn wake(&self) {
+    fn wake(&self) {
         // The only failure of a first write to an event descriptor is a counter that is full, which wakes as well.
         let _already_awake = rustix::io::write(&self.wake, &1_u64.to_ne_bytes());
     }
@@ -74,7 +87,7 @@ impl Shared {
         if std::mem::replace(&mut sockets.closed, true) {
             return;
         }
-        let message = encode_goodbye(goodbye, self.own);
+        let message = encode_goodbye(goodbye, self.own.get().copied().unwrap_or(Rank::ZERO));
         for stream in sockets.incoming.drain(..) {
             // A peer that cannot hear us any more has nothing to learn from us.
             let _unheard = rustix::net::send(&stream, &message, SendFlags::NOSIGNAL | SendFlags::DONTWAIT);

@@ -277,3 +277,23 @@ fn a_port_that_is_gone_is_a_lost_peer() {
     let errors = with_configs(configs, |result| result.map(drop).expect_err("rank 1 is gone"));
     assert!(matches!(errors[0], CommError::PeerLost { rank: Rank(1), .. }), "{}", errors[0]);
 }
+
+/// A cancelled generation does not wait for a rank that will not come.
+#[test]
+fn connecting_can_be_aborted() {
+    let mut configs = configs(world(2), PATIENT);
+    let (_, silent_port) = configs.pop().expect("two ranks");
+    configs[0].0.deadline = PATIENT;
+    let handle = configs[0].1.abort_handle();
+    std::thread::scope(|scope| {
+        scope.spawn(move || handle.abort("the generation is over"));
+        let errors = with_configs(configs, |result| result.map(drop).expect_err("rank 1 never comes"));
+        match &errors[0] {
+            CommError::Aborted { operation: Operation::Connect, rank: Rank(0), reason } => {
+                assert_eq!(reason, "the generation is over");
+            }
+            other => panic!("{other}"),
+        }
+    });
+    drop(silent_port);
+}

@@ -1,0 +1,173 @@
+//! `weightcast launch job.toml`: coordinator, ranks, and the end of both.
+
+use std::collections::BTreeMap;
+use std::ffi::OsString;
+use std::net::{IpAddr, Ipv4Addr, SocketAddr};
+use std::path::PathBuf;
+use std::time::Duration;
+
+use weightcast_launcher::{
+    Environment, Event as LaunchEvent, EventSink, Launch, LaunchArgs, LaunchError, RankCommand, Report, run, stop_channel,
+};
+
+use super::prepare::Prepared;
+use super::running::{RunFile, RunFileError};
+use crate::config::JobConfig;
+use crate::coordinator::{Coordinator, CoordinatorConfig, CoordinatorError, View};
+use crate::error::{Classify, Kind};
+use crate::load::{LoadReport, logical_digests};
+use crate::membership::AfterLoad;
+use crate::rpc::{ServeError, Token, TokenError, serve};
+use crate::tasks::Tasks;
+use crate::types::{Fqn, JobId, Rank, TensorDigest};
+
+/// Ranks of one host join within seconds; a scheduler may take minutes to place the last one.
+const JOIN_DEADLINE: Duration = Duration::from_secs(600);
+
+/// A job to launch on this host.
+#[derive(Debug)]
+pub struct LaunchJob {
+    /// The job.
+    pub config: JobConfig,
+    /// Its plan.
+    pub prepared: Prepared,
+    /// The launcher's flags.
+    pub args: LaunchArgs,
+}
+
+/// How a launched job ended.
+#[derive(Debug)]
+pub struct Launched {
+    /// What the launcher saw.
+    pub report: Report,
+    /// The coordinator's last snapshot.
+    pub view: View,
+    /// The figures of the ranks' loads.
+    pub loads: Vec<LoadReport>,
+    /// The digest of every logical tensor, when the job asked for them and all ranks loaded.
+    pub digests: Option<BTreeMap<Fqn, TensorDigest>>,
+}
+
+/// Why a job could not be launched.
+#[derive(Debug, thiserror::Error)]
+#[non_exhaustive]
+pub enum LaunchJobError {
+    /// The launcher's flags or environment.
+    #[error(transparent)]
+    Launch(#[from] LaunchError),
+    /// The coordinator.
+    #[error(transparent)]
+    Coordinator(#[from] CoordinatorError),
+    /// The token.
+    #[error(transparent)]
+    Token(#[from] TokenError),
+    /// The port.
+    #[error(transparent)]
+    Serve(#[from] ServeError),
+    /// The launch's directory.
+    #[error(transparent)]
+    RunFile(#[from] RunFileError),
+    /// Something of this host.
+    #[error("handling signals: {source}")]
+    Signals {
+        /// The system's error.
+        source: std::io::Error,
+    },
+}
+
+impl LaunchJobError {
+    /// The exit code of the process.
+    #[must_use]
+    pub fn exit_code(&self) -> u8 {
+        match self {
+            Self::Launch(source) => source.exit_code(),
+            Self::Coordinator(source) => source.kind().exit_code(),
+            Self::Token(source) => source.kind().exit_code(),
+            Self::Serve(source) => source.kind().exit_code(),
+            Self::RunFile(source) => source.kind().exit_code(),
+            Self::Signals { .. } => Kind::Internal.exit_code(),
+        }
+    }
+}
+
+/// Runs the job to its end. `notes` gets what the launcher has to say to people.
+///
+/// # Errors
+/// [`LaunchJobError`] when it cannot be started; a job that fails later is a [`Launched`] with its report.
+pub async fn launch(job: LaunchJob, notes: fn(&str)) -> Result<Launched, LaunchJobError> {
+    let directory = RunFile::directory()?;
+    let result = launch_in(job, &directory, notes).await;
+    RunFile::remove(&directory);
+    result
+}
+
+async fn launch_in(job: LaunchJob, directory: &std::path::Path, notes: fn(&str)) -> Result<Launched, LaunchJobError> {
+    let LaunchJob { config, prepared, args } = job;
+    let environment = Environment::of_this_process();
+    let name = config.job.name.clone().unwrap_or_else(|| prepared.plan.model.clone());
+    let token = Token::create(directory)?;
+    let plan = prepared.plan.clone();
+    let mut tasks = Tasks::new();
+    let coordinator = Coordinator::start(
+        CoordinatorConfig {
+            job: JobId::from(name.clone()),
+            after_load: AfterLoad {
+                save: (config.checkpoint.save && prepared.resumed_from.is_none()).then_some(prepared.step),
+                then: config.exit_policy(),
+            },
+            join_deadline: JOIN_DEADLINE,
+            state_directory: directory.join("coordinator"),
+            resumed: prepared.resumed_from.is_some(),
+            checkpoint_root: config.checkpoint.directory.clone(),
+            plan: prepared.plan,
+        },
+        &mut tasks,
+    )?;
+    let any_port = SocketAddr::new(IpAddr::V4(Ipv4Addr::LOCALHOST), 0);
+    let served = serve(coordinator.clone(), token.clone(), any_port, &mut tasks).await?;
+    let run_file = RunFile {
+        job: name,
+        coordinator: served.address.to_string(),
+        token_file: token.path().to_owned(),
+        process_id: std::process::id(),
+    };
+    run_file.write(directory)?;
+
+    let command = worker_command(&run_file, config.checkpoint.directory.as_ref());
+    let mut launch = Launch::with_command(&args, &environment, command)?;
+    launch.on_event = Some(event_sink(coordinator.clone(), notes));
+    let (stopper, stop) = stop_channel();
+    let report = tokio::select! {
+        report = run(launch, stop) => report?,
+        Err(source) = stopper.follow_signals() => return Err(LaunchJobError::Signals { source }),
+    };
+    let view = coordinator.views().borrow().clone();
+    let loads = coordinator.loads();
+    tasks.shut_down(Duration::from_millis(500)).await;
+    let digests = plan.digests.then(|| logical_digests(&plan, &loads)).flatten();
+    Ok(Launched { report, view, loads, digests })
+}
+
+/// What every rank runs: this program, as a worker.
+fn worker_command(run: &RunFile, checkpoint_root: Option<&PathBuf>) -> RankCommand {
+    let mut environment: Vec<(OsString, OsString)> = vec![
+        ("WEIGHTCAST_COORDINATOR".into(), run.coordinator.clone().into()),
+        ("WEIGHTCAST_TOKEN_FILE".into(), run.token_file.clone().into()),
+    ];
+    if let Some(root) = checkpoint_root {
+        let root = std::path::absolute(root).unwrap_or_else(|_| root.clone());
+        environment.push(("WEIGHTCAST_CHECKPOINT_DIRECTORY".into(), root.into()));
+    }
+    RankCommand { program: "/proc/self/exe".into(), args: vec!["worker".into()], environment }
+}
+
+/// Tells the coordinator of ranks that ended with failure, within milliseconds.
+fn event_sink(coordinator: Coordinator, notes: fn(&str)) -> EventSink {
+    EventSink::new(move |event| match event {
+        LaunchEvent::RankExited { rank, end, .. } if !end.is_success() => {
+            coordinator.process_ended(Rank(rank), end.to_string(), end.exit_code());
+        }
+        LaunchEvent::Note { text } => notes(&text),
+        _ => {}
+    })
+}

@@ -1,0 +1,14 @@
+//! Use cases: what the commands do, put together from the flows.
+//!
+//! Owns: resolving a model, preparing a job, launching it, the demo. Refuses to know: flags and how results are printed.
+
+pub mod demo;
+mod launch;
+mod prepare;
+mod running;
+mod source;
+
+pub use launch::{LaunchJob, LaunchJobError, Launched, launch};
+pub use prepare::{PrepareError, Prepared, prepare, prepare_with};
+pub use running::{RunFile, RunFileError};
+pub use source::{ModelSource, SourceError, open_model};

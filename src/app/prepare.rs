@@ -1,0 +1,146 @@
+//! Preparing a job: everything that can be decided and refused before a process is started.
+
+use std::path::Path;
+
+use super::source::{SourceError, open_model};
+use crate::checkpoint::{self, Checkpoint, CheckpointError, Skipped, plan_resume};
+use crate::config::{ConfigError, JobConfig, ResumePolicy};
+use crate::error::{Classify, Kind};
+use crate::plan::{LoadPlan, LoadRequest, PlanError, Strategy, plan};
+use crate::store::LocalStore;
+use crate::types::{Step, WorldSize};
+
+/// A job that can be started.
+#[derive(Debug)]
+pub struct Prepared {
+    /// What the ranks will carry out.
+    pub plan: LoadPlan,
+    /// The checkpoint that is loaded, if one is.
+    pub resumed_from: Option<String>,
+    /// Newer checkpoints that were passed over.
+    pub skipped: Vec<Skipped>,
+    /// The step that a checkpoint of this job will have.
+    pub step: Step,
+}
+
+/// Why a job cannot be started.
+#[derive(Debug, thiserror::Error)]
+#[non_exhaustive]
+pub enum PrepareError {
+    /// The configuration cannot work.
+    #[error(transparent)]
+    Config(#[from] ConfigError),
+    /// The model cannot be opened.
+    #[error(transparent)]
+    Source(#[from] SourceError),
+    /// The checkpoint cannot be used.
+    #[error(transparent)]
+    Checkpoint(#[from] CheckpointError),
+    /// There is no plan.
+    #[error(transparent)]
+    Plan(#[from] PlanError),
+}
+
+impl Classify for PrepareError {
+    fn kind(&self) -> Kind {
+        match self {
+            Self::Config(source) => source.kind(),
+            Self::Source(source) => source.kind(),
+            Self::Checkpoint(source) => source.kind(),
+            Self::Plan(source) => source.kind(),
+        }
+    }
+}
+
+/// Plans the job on `world` ranks and checks it against the host's memory.
+///
+/// # Errors
+/// [`PrepareError`].
+pub fn prepare(config: &JobConfig, world: WorldSize) -> Result<Prepared, PrepareError> {
+    prepare_with(config, world, crate::config::available_memory_bytes())
+}
+
+/// As [`prepare`], with the host's memory given.
+///
+/// # Errors
+/// [`PrepareError`].
+pub fn prepare_with(config: &JobConfig, world: WorldSize, host_bytes: Option<u64>) -> Result<Prepared, PrepareError> {
+    if config.checkpoint.save && config.checkpoint.directory.is_none() {
+        let (key, expected) = ("checkpoint.directory", "a directory, because checkpoint.save is set");
+        return Err(ConfigError::Value { key, expected, found: "nothing".to_owned() }.into());
+    }
+    let prepared = match newest(config)? {
+        Some((checkpoint, skipped)) => resume(config, world, &checkpoint, skipped)?,
+        None => fresh(config, world)?,
+    };
+    prepared.plan.check_memory(config.memory_budget(host_bytes))?;
+    Ok(prepared)
+}
+
+/// The checkpoint to load, if the policy and the directory give one.
+fn newest(config: &JobConfig) -> Result<Option<(Checkpoint, Vec<Skipped>)>, PrepareError> {
+    let policy = config.checkpoint.resume;
+    let Some(root) = config.checkpoint.directory.as_deref().filter(|_| policy != ResumePolicy::Never) else {
+        return match policy {
+            ResumePolicy::Must => Err(ConfigError::Value {
+                key: "checkpoint.directory",
+                expected: "a directory to resume from",
+                found: "nothing".to_owned(),
+            }
+            .into()),
+            _ => Ok(None),
+        };
+    };
+    match checkpoint::newest(&LocalStore::new(root)) {
+        Ok(found) => Ok(Some(found)),
+        Err(CheckpointError::None { .. }) if policy == ResumePolicy::Auto => Ok(None),
+        Err(error) => Err(error.into()),
+    }
+}
+
+fn request(config: &JobConfig, world: WorldSize, root: &Path, strategy: Strategy) -> Result<LoadRequest, ConfigError> {
+    Ok(LoadRequest {
+        model: config.model.source.clone().unwrap_or_default(),
+        root: absolute(root),
+        config_json: None,
+        world,
+        strategy: config.load.strategy.unwrap_or(strategy),
+        placement: config.load.placement,
+        dtype: config.dtype_rule()?,
+        quantization: config.quantization_rule()?,
+        chunking: config.chunking()?,
+        digests: config.load.digests,
+    })
+}
+
+fn fresh(config: &JobConfig, world: WorldSize) -> Result<Prepared, PrepareError> {
+    let reference = config.model.source.as_deref().ok_or_else(|| ConfigError::Value {
+        key: "model.source",
+        expected: "a model directory, file or hub id",
+        found: "nothing".to_owned(),
+    })?;
+    let source = open_model(reference)?;
+    let mut request = request(config, world, &source.root, Strategy::LowMemory)?;
+    request.config_json = source.config_json;
+    let plan = plan(request, &source.index, &source.skeleton, &source.binding)?;
+    Ok(Prepared { plan, resumed_from: None, skipped: Vec::new(), step: Step(0) })
+}
+
+fn resume(
+    config: &JobConfig,
+    world: WorldSize,
+    checkpoint: &Checkpoint,
+    skipped: Vec<Skipped>,
+) -> Result<Prepared, PrepareError> {
+    let root = config.checkpoint.directory.as_deref().unwrap_or(Path::new(""));
+    // From a checkpoint each rank reads its own bytes: they are packed already, so nobody has work to share.
+    let request = request(config, world, root, Strategy::Full)?;
+    let plan = plan_resume(request, checkpoint)?;
+    let resumed_from = Some(checkpoint.directory.clone());
+    Ok(Prepared { plan, resumed_from, skipped, step: checkpoint.manifest.step })
+}
+
+/// Ranks may have another working directory.
+fn absolute(path: &Path) -> String {
+    std::path::absolute(path).unwrap_or_else(|_| path.to_owned()).display().to_string()
+}

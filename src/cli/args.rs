@@ -1,0 +1,268 @@
+//! The flags.
+
+use std::path::PathBuf;
+
+use clap::{Args, Parser, Subcommand, ValueEnum};
+use weightcast_launcher::LaunchArgs;
+
+use crate::config::{JobConfig, QuantizationFormat, ResumePolicy};
+use crate::plan::{Placement, Strategy};
+
+/// Loads a large model onto many ranks in low memory, quantized on the way, and checkpoints all ranks as one
+#[derive(Debug, Parser)]
+#[command(name = "weightcast", version)]
+pub struct Arguments {
+    /// How log lines look on stderr
+    #[arg(long, global = true, value_enum, default_value_t)]
+    pub log_format: LogFormat,
+    /// What to do
+    #[command(subcommand)]
+    pub command: Command,
+}
+
+/// How log lines look.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq, ValueEnum)]
+pub enum LogFormat {
+    /// For people
+    #[default]
+    Text,
+    /// One JSON object a line
+    Json,
+}
+
+/// The commands.
+#[derive(Debug, Subcommand)]
+pub enum Command {
+    /// Start a job's ranks on this node: a job file (job.toml), a model (--model), or any program as torchrun would
+    Launch(Box<LaunchFlags>),
+    /// Be one rank of a job, as the launcher or a scheduler starts it
+    Worker,
+    /// Say what each rank would read and keep, without loading anything
+    Plan(PlanFlags),
+    /// Look at a model, or make one
+    Model {
+        /// What to do
+        #[command(subcommand)]
+        command: ModelCommand,
+    },
+    /// List, inspect, verify and prune checkpoints
+    Checkpoint {
+        /// What to do
+        #[command(subcommand)]
+        command: CheckpointCommand,
+    },
+    /// Show the ranks of a running job
+    Status(JobFlags),
+    /// End a running job in an orderly way, with a checkpoint if it has none
+    Drain(JobFlags),
+    /// Run the main job on a small real model, with a crash in the middle
+    Demo(DemoFlags),
+}
+
+/// `weightcast launch`
+#[derive(Debug, Args)]
+pub struct LaunchFlags {
+    /// The job, instead of or over a job file
+    #[command(flatten)]
+    pub job: JobOverrides,
+    /// Print the result as JSON on stdout
+    #[arg(long)]
+    pub json: bool,
+    /// The launcher's flags, and the job file or program
+    #[command(flatten)]
+    pub launch: LaunchArgs,
+}
+
+/// `weightcast plan`
+#[derive(Debug, Args)]
+pub struct PlanFlags {
+    /// The number of ranks
+    #[arg(long, default_value_t = 1, value_parser = clap::value_parser!(u32).range(1..=4096))]
+    pub ranks: u32,
+    /// The job, instead of or over a job file
+    #[command(flatten)]
+    pub job: JobOverrides,
+    /// Print the plan as JSON on stdout
+    #[arg(long)]
+    pub json: bool,
+    /// A job file
+    pub job_file: Option<PathBuf>,
+}
+
+/// Flags that stand for entries of a job file.
+#[derive(Clone, Debug, Default, Args)]
+#[command(next_help_heading = "Job")]
+pub struct JobOverrides {
+    /// Model directory, file, or hub id (`org/name[@revision]`)
+    #[arg(long, value_name = "MODEL")]
+    pub model: Option<String>,
+    /// The job's name
+    #[arg(long, value_name = "NAME")]
+    pub job_name: Option<String>,
+    /// Which ranks read: low-memory (rank 0), striped, full
+    #[arg(long, value_parser = parse_strategy)]
+    pub strategy: Option<Strategy>,
+    /// What ranks keep: shard, replicate
+    #[arg(long, value_parser = parse_placement)]
+    pub placement: Option<Placement>,
+    /// Quantize linear layers while loading
+    #[arg(long, value_enum, value_name = "FORMAT")]
+    pub quantize: Option<QuantizationFormat>,
+    /// Quantize the statistics too (4-bit formats)
+    #[arg(long)]
+    pub double: bool,
+    /// Type of what is not quantized: auto, float32, float16, bfloat16
+    #[arg(long, value_name = "DTYPE")]
+    pub dtype: Option<String>,
+    /// Threads that read and quantize at a reader
+    #[arg(long, value_name = "N")]
+    pub reader_threads: Option<u32>,
+    /// Host memory that each rank may use, in MiB
+    #[arg(long, value_name = "MIB")]
+    pub memory_per_rank_mib: Option<u64>,
+    /// Report the digest of every tensor when the load is done
+    #[arg(long)]
+    pub digests: bool,
+    /// Where checkpoints are
+    #[arg(long, value_name = "DIR")]
+    pub checkpoint_dir: Option<PathBuf>,
+    /// Write a checkpoint when the load is done
+    #[arg(long)]
+    pub save: bool,
+    /// Whether to load from the newest checkpoint
+    #[arg(long, value_enum, value_name = "WHEN")]
+    pub resume: Option<ResumePolicy>,
+    /// Keep the ranks resident when the work is done
+    #[arg(long)]
+    pub hold: bool,
+}
+
+fn parse_strategy(text: &str) -> Result<Strategy, String> {
+    word(text, "low-memory, striped or full")
+}
+
+fn parse_placement(text: &str) -> Result<Placement, String> {
+    word(text, "shard or replicate")
+}
+
+fn word<T: serde::de::DeserializeOwned>(text: &str, expected: &str) -> Result<T, String> {
+    serde_json::from_value(text.into()).map_err(|_| format!("expected {expected}"))
+}
+
+impl JobOverrides {
+    /// Whether any flag says that a job is meant, and not a program.
+    #[must_use]
+    pub const fn names_a_job(&self) -> bool {
+        self.model.is_some() || self.resume.is_some()
+    }
+
+    /// Puts the flags over a job file's entries.
+    pub fn apply(self, config: &mut JobConfig) {
+        fn over<T>(flag: Option<T>, entry: &mut Option<T>) {
+            if flag.is_some() {
+                *entry = flag;
+            }
+        }
+        over(self.model, &mut config.model.source);
+        over(self.job_name, &mut config.job.name);
+        over(self.strategy, &mut config.load.strategy);
+        over(self.dtype, &mut config.load.dtype);
+        over(self.reader_threads, &mut config.load.reader_threads);
+        over(self.memory_per_rank_mib.map(|mebibytes| mebibytes << 20), &mut config.load.memory_per_rank_bytes);
+        over(self.checkpoint_dir, &mut config.checkpoint.directory);
+        config.load.placement = self.placement.unwrap_or(config.load.placement);
+        config.quantization.format = self.quantize.unwrap_or(config.quantization.format);
+        config.checkpoint.resume = self.resume.unwrap_or(config.checkpoint.resume);
+        config.quantization.double |= self.double;
+        config.load.digests |= self.digests;
+        config.checkpoint.save |= self.save;
+        config.job.hold |= self.hold;
+    }
+}
+
+/// `weightcast model …`
+#[derive(Debug, Subcommand)]
+pub enum ModelCommand {
+    /// Parameters, bytes by dtype, layers and tied weights, from the headers alone
+    Inspect {
+        /// Model directory, file, or hub id
+        model: String,
+        /// Print JSON on stdout
+        #[arg(long)]
+        json: bool,
+    },
+}
+
+/// `weightcast checkpoint …`
+#[derive(Debug, Subcommand)]
+pub enum CheckpointCommand {
+    /// All checkpoints of a directory, oldest first
+    List {
+        /// The checkpoint directory
+        directory: PathBuf,
+        /// Print JSON on stdout
+        #[arg(long)]
+        json: bool,
+    },
+    /// The tensors and files of a checkpoint
+    Inspect {
+        /// The checkpoint directory
+        directory: PathBuf,
+        /// The step; the newest by default
+        #[arg(long)]
+        step: Option<u64>,
+        /// Print JSON on stdout
+        #[arg(long)]
+        json: bool,
+    },
+    /// Check a checkpoint
+    Verify {
+        /// The checkpoint directory
+        directory: PathBuf,
+        /// The step; the newest by default
+        #[arg(long)]
+        step: Option<u64>,
+        /// Read every byte and check all digests
+        #[arg(long)]
+        deep: bool,
+    },
+    /// Delete all but the newest verified checkpoints
+    Prune {
+        /// The checkpoint directory
+        directory: PathBuf,
+        /// How many verified checkpoints stay
+        #[arg(long, value_parser = clap::value_parser!(u32).range(1..))]
+        keep: u32,
+        /// Only say what would be deleted
+        #[arg(long)]
+        dry_run: bool,
+    },
+}
+
+/// Which running job is meant.
+#[derive(Debug, Args)]
+pub struct JobFlags {
+    /// The job's name, if several run here
+    #[arg(long, value_name = "NAME")]
+    pub job: Option<String>,
+    /// The coordinator's host:port, for a job of another host
+    #[arg(long, value_name = "ADDRESS", requires = "token_file")]
+    pub coordinator: Option<String>,
+    /// The job's token
+    #[arg(long, value_name = "PATH")]
+    pub token_file: Option<PathBuf>,
+    /// Print JSON on stdout
+    #[arg(long)]
+    pub json: bool,
+}
+
+/// `weightcast demo`
+#[derive(Debug, Args)]
+pub struct DemoFlags {
+    /// The model; the project's tiny-llama by default
+    #[arg(long, value_name = "MODEL")]
+    pub model: Option<PathBuf>,
+    /// Where to work; a temporary directory that is removed by default
+    #[arg(long, value_name = "DIR")]
+    pub directory: Option<PathBuf>,
+}

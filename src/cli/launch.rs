@@ -1,0 +1,157 @@
+//! `weightcast launch`.
+
+use serde_json::json;
+use weightcast_launcher::{Environment, Event, EventSink, Launch, LaunchArgs, run as run_ranks, stop_channel};
+
+use super::args::LaunchFlags;
+use super::output::{bytes, fail, fail_with, json, say};
+use crate::app::{LaunchJob, Launched, launch, prepare};
+use crate::config::JobConfig;
+use crate::membership::Phase;
+use crate::types::WorldSize;
+
+pub(super) fn run(flags: LaunchFlags) -> u8 {
+    let LaunchFlags { job, json, launch } = flags;
+    let file = launch.command.first().map(std::path::PathBuf::from).filter(|path| {
+        path.extension().is_some_and(|extension| extension == "toml") && launch.command.len() == 1
+    });
+    if file.is_none() && !job.names_a_job() {
+        return run_program(&launch);
+    }
+    if file.is_none() && !launch.command.is_empty() {
+        say("error: a job was named by flags, and a program too: name one of them");
+        return super::EXIT_USAGE;
+    }
+    let mut config = match file.map_or_else(|| Ok(JobConfig::default()), |file| JobConfig::read(&file)) {
+        Ok(config) => config,
+        Err(error) => return fail(&error),
+    };
+    job.apply(&mut config);
+    let launch = LaunchArgs { command: Vec::new(), ..launch };
+    run_job(config, launch, json)
+}
+
+fn runtime() -> std::io::Result<tokio::runtime::Runtime> {
+    tokio::runtime::Builder::new_multi_thread().worker_threads(2).enable_all().build()
+}
+
+fn run_job(config: JobConfig, args: LaunchArgs, as_json: bool) -> u8 {
+    let layout = match weightcast_launcher::resolve(&args, &Environment::of_this_process()) {
+        Ok(layout) => layout,
+        Err(error) => return fail_with(&error, error.exit_code()),
+    };
+    if layout.nnodes > 1 {
+        say("error: a job file runs on one node; for several start `weightcast coordinator` and a worker per rank");
+        return super::EXIT_USAGE;
+    }
+    let world = match WorldSize::new(layout.world_size) {
+        Ok(world) => world,
+        Err(error) => return fail_with(&error, super::EXIT_USAGE),
+    };
+    let prepared = match prepare(&config, world) {
+        Ok(prepared) => prepared,
+        Err(error) => return fail(&error),
+    };
+    for skipped in &prepared.skipped {
+        say(&format!("warning: {} was passed over: {}", skipped.directory, skipped.reason));
+    }
+    let runtime = match runtime() {
+        Ok(runtime) => runtime,
+        Err(error) => return fail_with(&error, 70),
+    };
+    let job = LaunchJob { config, prepared, args };
+    match runtime.block_on(launch(job, |note| say(&format!("[launcher] {note}")))) {
+        Ok(launched) => finish(&launched, as_json),
+        Err(error) => fail_with(&error, error.exit_code()),
+    }
+}
+
+/// Says how the job ended and gives its exit code: the launcher's, or the cause's when no rank failed by itself.
+fn finish(launched: &Launched, as_json: bool) -> u8 {
+    let cause = match &launched.view.phase {
+        Phase::Aborted(cause) => Some(cause),
+        _ => None,
+    };
+    let code = match (launched.report.exit_code, cause) {
+        (0, Some(cause)) => cause.exit_code,
+        (code, _) => code,
+    };
+    if as_json {
+        json(&json!({
+            "job": launched.view.job,
+            "exit_code": code,
+            "phase": launched.view.phase.name(),
+            "generation": launched.view.generation,
+            "cause": cause.map(|cause| json!({"rank": cause.rank, "message": cause.message})),
+            "checkpoint": launched.view.last_checkpoint,
+            "loads": launched.loads,
+            "digests": launched.digests,
+        }));
+    }
+    if let Some(cause) = cause {
+        say(&format!("error: job {}: {}", launched.view.job, cause.message));
+    }
+    if launched.report.exit_code != 0 {
+        say(&launched.report.to_string());
+    } else {
+        summarize(launched);
+    }
+    code
+}
+
+fn summarize(launched: &Launched) {
+    let sum = |figure: fn(&crate::load::LoadReport) -> u64| launched.loads.iter().map(figure).sum::<u64>();
+    let seconds = launched.loads.iter().map(|load| load.wall_s).fold(0.0, f64::max);
+    say(&format!(
+        "loaded {} on {} ranks in {seconds:.2} s: {} read, {} sent, {} kept",
+        launched.view.job,
+        launched.loads.len(),
+        bytes(sum(|load| load.storage_bytes)),
+        bytes(sum(|load| load.sent_bytes)),
+        bytes(sum(|load| load.weights_bytes)),
+    ));
+    let damaged = sum(|load| load.non_finite_values);
+    if damaged > 0 {
+        say(&format!("warning: {damaged} values are NaN or infinite"));
+    }
+    if let Some(directory) = &launched.view.last_checkpoint {
+        say(&format!("committed {directory}"));
+    }
+}
+
+/// Launches any program, as torchrun does.
+fn run_program(args: &LaunchArgs) -> u8 {
+    let environment = Environment::of_this_process();
+    let mut launch = match Launch::from_args(args, &environment) {
+        Ok(launch) => launch,
+        Err(error) => return fail_with(&error, error.exit_code()),
+    };
+    launch.on_event = Some(EventSink::new(|event| {
+        if let Event::Note { text } = event {
+            say(&format!("[launcher] {text}"));
+        }
+    }));
+    // One thread is enough to wait for processes, and starts faster.
+    let runtime = match tokio::runtime::Builder::new_current_thread().enable_all().build() {
+        Ok(runtime) => runtime,
+        Err(error) => return fail_with(&error, 70),
+    };
+    let report = runtime.block_on(async {
+        let (stopper, stop) = stop_channel();
+        tokio::select! {
+            report = run_ranks(launch, stop) => report,
+            Err(source) = stopper.follow_signals() => {
+                Err(weightcast_launcher::LaunchError::System { action: "handle signals", source })
+            }
+        }
+    });
+    match report {
+        Ok(report) => {
+            if report.exit_code != 0 {
+                say(&report.to_string());
+            }
+            report.exit_code
+        }
+        Err(error) => fail_with(&error, error.exit_code()),
+    }
+}

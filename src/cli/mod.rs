@@ -1,0 +1,46 @@
+//! The command line: flags in, exit code out. stdout is data, stderr is for people.
+//!
+//! Owns: the commands and how results look. Refuses to know: how anything is done.
+
+mod args;
+mod checkpoint;
+mod demo;
+mod devices;
+mod job;
+mod launch;
+mod model;
+mod output;
+mod plan;
+mod worker;
+
+pub use args::Arguments;
+
+use args::Command;
+use clap::Parser as _;
+
+/// Usage errors (sysexits.h, `EX_USAGE`).
+const EXIT_USAGE: u8 = 64;
+
+/// Runs the command line of this process and gives its exit code.
+#[must_use]
+pub fn main(arguments: impl Iterator<Item = std::ffi::OsString>) -> u8 {
+    let arguments = match Arguments::try_parse_from(arguments) {
+        Ok(arguments) => arguments,
+        Err(error) => {
+            // Help and version come this way too, with exit code 0. A closed terminal changes nothing.
+            let _ = error.print();
+            return if error.use_stderr() { EXIT_USAGE } else { 0 };
+        }
+    };
+    output::start_logging(arguments.log_format);
+    match arguments.command {
+        Command::Launch(flags) => launch::run(*flags),
+        Command::Worker => worker::run(),
+        Command::Plan(flags) => plan::run(&flags),
+        Command::Model { command } => model::run(&command),
+        Command::Checkpoint { command } => checkpoint::run(&command),
+        Command::Status(flags) => job::status(&flags),
+        Command::Drain(flags) => job::drain(&flags),
+        Command::Demo(flags) => demo::run(&flags),
+    }
+}

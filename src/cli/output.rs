@@ -1,0 +1,64 @@
+//! Writing to stdout and stderr. A reader that went away changes nothing about what was done.
+
+use std::io::Write as _;
+
+use tracing_subscriber::EnvFilter;
+
+use super::args::LogFormat;
+use crate::error::{Classify, chain};
+
+/// A line of data.
+pub(super) fn data(text: &str) {
+    let _ = writeln!(std::io::stdout().lock(), "{text}");
+}
+
+/// A value as JSON on stdout.
+pub(super) fn json(value: &impl serde::Serialize) {
+    match serde_json::to_string_pretty(value) {
+        Ok(text) => data(&text),
+        Err(error) => say(&format!("error: cannot print JSON: {error}")),
+    }
+}
+
+/// A line for people.
+pub(super) fn say(text: &str) {
+    let _ = writeln!(std::io::stderr().lock(), "{text}");
+}
+
+/// Says an error and gives its exit code.
+pub(super) fn fail<E: Classify + 'static>(error: &E) -> u8 {
+    say(&format!("error: {}", chain(error)));
+    error.kind().exit_code()
+}
+
+/// Says an error that has its own exit code.
+pub(super) fn fail_with(error: &(dyn std::error::Error + 'static), exit_code: u8) -> u8 {
+    say(&format!("error: {}", chain(error)));
+    exit_code
+}
+
+/// Log lines go to stderr: WARN and above, or what `WEIGHTCAST_LOG` says.
+pub(super) fn start_logging(format: LogFormat) {
+    let filter = crate::config::variable("WEIGHTCAST_LOG").unwrap_or_else(|| "warn".to_owned());
+    let filter = EnvFilter::try_new(filter).unwrap_or_else(|_| EnvFilter::new("warn"));
+    let lines = tracing_subscriber::fmt().with_env_filter(filter).with_writer(std::io::stderr).with_target(false);
+    // A second subscriber in one process, as in tests, is refused and not needed.
+    let _ = match format {
+        LogFormat::Json => lines.json().try_init(),
+        LogFormat::Text => lines.with_ansi(false).try_init(),
+    };
+}
+
+/// Bytes for people.
+pub(super) fn bytes(count: u64) -> String {
+    const UNITS: [&str; 5] = ["B", "KiB", "MiB", "GiB", "TiB"];
+    let mut unit = 0;
+    #[expect(clippy::cast_precision_loss, reason = "a figure for people")]
+    let mut value = count as f64;
+    while value >= 1024.0 && unit + 1 < UNITS.len() {
+        value /= 1024.0;
+        unit += 1;
+    }
+    let name = UNITS.get(unit).copied().unwrap_or("B");
+    if unit == 0 { format!("{count} B") } else { format!("{value:.1} {name}") }
+}

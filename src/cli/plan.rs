@@ -1,0 +1,63 @@
+//! `weightcast plan`.
+
+use serde_json::json;
+
+use super::args::PlanFlags;
+use super::output::{bytes, data, fail, json, say};
+use crate::app::{Prepared, prepare_with};
+use crate::config::{JobConfig, available_memory_bytes};
+use super::devices::describe;
+use crate::plan::RankMemory;
+use crate::types::WorldSize;
+
+pub(super) fn run(flags: &PlanFlags) -> u8 {
+    let config = flags.job_file.as_deref().map_or_else(|| Ok(JobConfig::default()), JobConfig::read);
+    let mut config = match config {
+        Ok(config) => config,
+        Err(error) => return fail(&error),
+    };
+    flags.job.clone().apply(&mut config);
+    let world = WorldSize::new(flags.ranks).unwrap_or(WorldSize::ONE);
+    let prepared = match prepare_with(&config, world, available_memory_bytes()) {
+        Ok(prepared) => prepared,
+        Err(error) => return fail(&error),
+    };
+    print(&prepared, flags.json);
+    0
+}
+
+fn print(prepared: &Prepared, as_json: bool) {
+    let plan = &prepared.plan;
+    let ranks: Vec<RankMemory> = plan.world.ranks().map(|rank| plan.memory(rank)).collect();
+    let devices = describe();
+    if as_json {
+        json(&json!({
+            "model": plan.model,
+            "strategy": plan.strategy,
+            "placement": plan.placement,
+            "resumed_from": prepared.resumed_from,
+            "tensors": plan.tensors.len(),
+            "input_bytes": plan.input_bytes(),
+            "window_bytes": plan.window_bytes(),
+            "ranks": ranks,
+            "gpu": devices,
+            "plan": plan,
+        }));
+        return;
+    }
+    say(&format!("model      {}", plan.model));
+    say(&format!("reads      {} in {} tensors, each byte once", bytes(plan.input_bytes()), plan.tensors.len()));
+    say(&format!("devices    {devices}"));
+    data(&format!("{:>5}  {:>6}  {:>12}  {:>12}  {:>12}  {:>12}", "rank", "reads", "weights", "window", "overhead", "host peak"));
+    for rank in ranks {
+        let reads = if plan.reads(rank.rank) { "yes" } else { "no" };
+        data(&format!(
+            "{:>5}  {reads:>6}  {:>12}  {:>12}  {:>12}  {:>12}",
+            rank.rank,
+            bytes(rank.weights_bytes + rank.padding_bytes),
+            bytes(rank.window_bytes),
+            bytes(rank.overhead_bytes),
+            bytes(rank.peak_host_bytes)
+        ));
+    }
+}

@@ -1,0 +1,38 @@
+//! `weightcast worker`.
+
+use super::output::{fail, fail_with};
+use crate::config::{WorkerEnvironment, host_name, variable};
+use crate::rpc::Token;
+use crate::worker::{self, Ended, WorkerConfig};
+
+/// The exit code after a signal that led to a committed checkpoint (docs: launcher contract).
+const EXIT_PREEMPTED: u8 = 75;
+/// How long the coordinator may be out of reach: a restart of it takes a second or two.
+const COORDINATOR_DEADLINE: std::time::Duration = std::time::Duration::from_secs(10);
+
+pub(super) fn run() -> u8 {
+    let environment = match WorkerEnvironment::read(&variable) {
+        Ok(environment) => environment,
+        Err(error) => return fail(&error),
+    };
+    let config = WorkerConfig {
+        rank: environment.rank,
+        world: environment.world,
+        coordinator: environment.coordinator,
+        token: Token::at(environment.token_file),
+        data_ip: environment.data_ip,
+        host: host_name(),
+        checkpoint_root: environment.checkpoint_root,
+        coordinator_deadline: COORDINATOR_DEADLINE,
+    };
+    // The session renews its lease on this thread; the weights move on the data thread.
+    let runtime = match tokio::runtime::Builder::new_current_thread().enable_all().build() {
+        Ok(runtime) => runtime,
+        Err(error) => return fail_with(&error, 70),
+    };
+    match runtime.block_on(worker::run(config)) {
+        Ok(Ended::Finished) => 0,
+        Ok(Ended::Preempted) => EXIT_PREEMPTED,
+        Err(error) => fail_with(&error, error.exit_code()),
+    }
+}

@@ -1,0 +1,143 @@
+//! The environment of a worker, as the launcher or a scheduler gives it, and a few facts of the host.
+
+use std::net::{IpAddr, Ipv4Addr};
+use std::path::PathBuf;
+use std::str::FromStr;
+
+use crate::error::{Classify, Kind};
+use crate::types::{Rank, WorldSize};
+
+/// Reads one variable; a value that is not UTF-8 counts as absent.
+#[must_use]
+#[expect(clippy::disallowed_methods, reason = "this is the one place that reads the environment")]
+pub fn variable(name: &str) -> Option<String> {
+    std::env::var(name).ok().filter(|value| !value.is_empty())
+}
+
+/// What a worker finds in its environment.
+#[derive(Clone, Debug)]
+pub struct WorkerEnvironment {
+    /// `RANK`.
+    pub rank: Rank,
+    /// `WORLD_SIZE`.
+    pub world: WorldSize,
+    /// `WEIGHTCAST_COORDINATOR`: `host:port`.
+    pub coordinator: String,
+    /// `WEIGHTCAST_TOKEN_FILE`.
+    pub token_file: PathBuf,
+    /// `WEIGHTCAST_DATA_ADDRESS`: the address that the data plane listens on; loopback by default.
+    pub data_ip: IpAddr,
+    /// `WEIGHTCAST_CHECKPOINT_DIRECTORY`.
+    pub checkpoint_root: Option<PathBuf>,
+}
+
+/// The environment cannot work.
+#[derive(Debug, thiserror::Error)]
+#[error("environment variable {name}: expected {expected}, found {found}")]
+pub struct EnvironmentError {
+    /// The variable.
+    pub name: &'static str,
+    /// What it must be.
+    pub expected: &'static str,
+    /// What it is.
+    pub found: String,
+}
+
+impl Classify for EnvironmentError {
+    fn kind(&self) -> Kind {
+        Kind::Conflict
+    }
+}
+
+impl WorkerEnvironment {
+    /// Reads and checks the environment; `get` reads one variable.
+    ///
+    /// # Errors
+    /// [`EnvironmentError`] with the first variable that cannot work.
+    pub fn read(get: &dyn Fn(&str) -> Option<String>) -> Result<Self, EnvironmentError> {
+        let world: u32 = parsed(get, "WORLD_SIZE", "a number of at least 1, as a launcher sets it")?;
+        let world = WorldSize::new(world).map_err(|_| EnvironmentError {
+            name: "WORLD_SIZE",
+            expected: "a number of at least 1",
+            found: "0".to_owned(),
+        })?;
+        let rank = Rank(parsed(get, "RANK", "a number below WORLD_SIZE, as a launcher sets it")?);
+        if !world.contains(rank) {
+            let found = format!("{rank} in a world of {world}");
+            return Err(EnvironmentError { name: "RANK", expected: "a number below WORLD_SIZE", found });
+        }
+        let data_ip = match get("WEIGHTCAST_DATA_ADDRESS") {
+            None => IpAddr::V4(Ipv4Addr::LOCALHOST),
+            Some(_) => parsed(get, "WEIGHTCAST_DATA_ADDRESS", "an IP address of this host")?,
+        };
+        Ok(Self {
+            rank,
+            world,
+            coordinator: parsed(get, "WEIGHTCAST_COORDINATOR", "the coordinator's host:port")?,
+            token_file: parsed(get, "WEIGHTCAST_TOKEN_FILE", "the path of the job's token")?,
+            data_ip,
+            checkpoint_root: get("WEIGHTCAST_CHECKPOINT_DIRECTORY").map(PathBuf::from),
+        })
+    }
+}
+
+fn parsed<T: FromStr>(
+    get: &dyn Fn(&str) -> Option<String>,
+    name: &'static str,
+    expected: &'static str,
+) -> Result<T, EnvironmentError> {
+    let text = get(name);
+    let value = text.as_deref().and_then(|text| text.parse().ok());
+    value.ok_or_else(|| EnvironmentError { name, expected, found: text.map_or_else(|| "nothing".to_owned(), |text| format!("{text:?}")) })
+}
+
+/// This host's name.
+#[must_use]
+pub fn host_name() -> String {
+    rustix::system::uname().nodename().to_string_lossy().into_owned()
+}
+
+/// Where files of running jobs are: `XDG_RUNTIME_DIR`, else the temporary directory, below a name of this user's.
+#[must_use]
+pub fn runtime_directory() -> PathBuf {
+    let user = rustix::process::getuid().as_raw();
+    match variable("XDG_RUNTIME_DIR") {
+        Some(directory) => PathBuf::from(directory).join("weightcast"),
+        None => std::env::temp_dir().join(format!("weightcast-{user}")),
+    }
+}
+
+/// `MemAvailable` of /proc/meminfo in bytes, where it exists.
+#[must_use]
+pub fn available_memory_bytes() -> Option<u64> {
+    #[expect(clippy::disallowed_methods, reason = "a fact of the host, not a file of data")]
+    let text = std::fs::read("/proc/meminfo").ok()?;
+    let text = String::from_utf8_lossy(&text).into_owned();
+    let line = text.lines().find_map(|line| line.strip_prefix("MemAvailable:"))?;
+    line.trim().strip_suffix("kB")?.trim().parse::<u64>().ok().map(|kilobytes| kilobytes * 1024)
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn what_is_missing_or_wrong_is_named() {
+        let with = |rank: &'static str, world: &'static str| {
+            move |name: &str| match name {
+                "RANK" => Some(rank.to_owned()),
+                "WORLD_SIZE" => Some(world.to_owned()),
+                "WEIGHTCAST_COORDINATOR" => Some("127.0.0.1:1".to_owned()),
+                "WEIGHTCAST_TOKEN_FILE" => Some("/t".to_owned()),
+                _ => None,
+            }
+        };
+        assert!(WorkerEnvironment::read(&with("1", "2")).is_ok());
+        let error = |rank, world| WorkerEnvironment::read(&with(rank, world)).expect_err("wrong").to_string();
+        assert!(error("2", "2").contains("RANK: expected a number below WORLD_SIZE, found 2 in a world of 2"));
+        assert!(error("x", "2").contains("RANK"));
+        assert!(error("0", "0").contains("WORLD_SIZE"));
+        let nothing = WorkerEnvironment::read(&|_| None).expect_err("nothing").to_string();
+        assert!(nothing.contains("found nothing"));
+    }
+}

@@ -1,0 +1,296 @@
+//! job.toml.
+
+use std::path::{Path, PathBuf};
+
+use serde::Deserialize;
+
+use crate::error::{Classify, Kind};
+use crate::membership::ExitPolicy;
+use crate::plan::{Chunking, DTypeRule, MemoryBudget, Placement, QuantizationRule, Strategy};
+use crate::quant::{BlockSize, FourBitCode};
+use crate::types::DType;
+
+/// Source bytes that a reader's thread handles at once. With 1 MiB of bf16 the source and its codes stay in a core's
+/// cache between reading, quantizing and sending; larger chunks measured slower, smaller ones pay for more messages.
+const CHUNK_BYTES: u64 = 1 << 20;
+/// Results that may wait to be sent.
+const QUEUE_CHUNKS: u32 = 16;
+
+/// A job.
+#[derive(Clone, Debug, Default, PartialEq, Eq, Deserialize)]
+#[serde(deny_unknown_fields, default)]
+pub struct JobConfig {
+    /// `[job]`.
+    pub job: JobSection,
+    /// `[model]`.
+    pub model: ModelSection,
+    /// `[load]`.
+    pub load: LoadConfig,
+    /// `[quantization]`.
+    pub quantization: QuantizationConfig,
+    /// `[checkpoint]`.
+    pub checkpoint: CheckpointConfig,
+}
+
+/// `[job]`: the job as a whole.
+#[derive(Clone, Debug, Default, PartialEq, Eq, Deserialize)]
+#[serde(deny_unknown_fields, default)]
+pub struct JobSection {
+    /// Its name; the model's by default.
+    pub name: Option<String>,
+    /// Keep the ranks resident when the work is done.
+    pub hold: bool,
+}
+
+/// `[model]`: what is loaded.
+#[derive(Clone, Debug, Default, PartialEq, Eq, Deserialize)]
+#[serde(deny_unknown_fields, default)]
+pub struct ModelSection {
+    /// A directory, a file, or a hub id with an optional revision: `org/name@revision`.
+    pub source: Option<String>,
+}
+
+/// `[load]`: how it is loaded.
+#[derive(Clone, Debug, Default, PartialEq, Eq, Deserialize)]
+#[serde(deny_unknown_fields, rename_all = "kebab-case", default)]
+pub struct LoadConfig {
+    /// Which ranks read; low-memory for a model, full for a checkpoint.
+    pub strategy: Option<Strategy>,
+    /// What ranks keep.
+    pub placement: Placement,
+    /// The type of what is not quantized: `auto`, `float32`, `float16`, `bfloat16`.
+    pub dtype: Option<String>,
+    /// Threads of a reader.
+    pub reader_threads: Option<u32>,
+    /// Source bytes of a chunk.
+    pub chunk_bytes: Option<u64>,
+    /// Report the digest of every tensor when the load is done.
+    pub digests: bool,
+    /// Host memory that each rank may use, in bytes.
+    pub memory_per_rank_bytes: Option<u64>,
+}
+
+/// `[quantization]`.
+#[derive(Clone, Debug, Default, PartialEq, Eq, Deserialize)]
+#[serde(deny_unknown_fields, default)]
+pub struct QuantizationConfig {
+    /// The format.
+    pub format: QuantizationFormat,
+    /// Double quantization (4-bit formats).
+    pub double: bool,
+    /// Elements per block (4-bit formats); 64 by default.
+    pub block: Option<u32>,
+    /// Modules that stay as they are.
+    pub skip: Vec<String>,
+}
+
+/// The formats that a load can make.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Deserialize, clap::ValueEnum)]
+#[serde(rename_all = "lowercase")]
+pub enum QuantizationFormat {
+    /// No quantization.
+    #[default]
+    None,
+    /// 4-bit NormalFloat.
+    Nf4,
+    /// 4-bit float.
+    Fp4,
+    /// LLM.int8 rows.
+    Int8,
+}
+
+/// `[checkpoint]`.
+#[derive(Clone, Debug, Default, PartialEq, Eq, Deserialize)]
+#[serde(deny_unknown_fields, default)]
+pub struct CheckpointConfig {
+    /// Where checkpoints are.
+    pub directory: Option<PathBuf>,
+    /// Write one when the load is done.
+    pub save: bool,
+    /// Whether to load from a checkpoint.
+    pub resume: ResumePolicy,
+}
+
+/// Whether a job loads from its newest checkpoint.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Deserialize, clap::ValueEnum)]
+#[serde(rename_all = "lowercase")]
+pub enum ResumePolicy {
+    /// From a checkpoint if there is one, else from the model.
+    #[default]
+    Auto,
+    /// From a checkpoint; it is an error if there is none.
+    Must,
+    /// From the model.
+    Never,
+}
+
+/// A job file or flag that cannot work.
+#[derive(Debug, thiserror::Error)]
+#[non_exhaustive]
+pub enum ConfigError {
+    /// The job file cannot be read.
+    #[error("job file {path}: {message}")]
+    File {
+        /// The file.
+        path: String,
+        /// What is wrong, with the place.
+        message: String,
+    },
+    /// A value cannot work.
+    #[error("{key}: expected {expected}, found {found}")]
+    Value {
+        /// The key.
+        key: &'static str,
+        /// What it must be.
+        expected: &'static str,
+        /// What it is.
+        found: String,
+    },
+}
+
+impl Classify for ConfigError {
+    fn kind(&self) -> Kind {
+        // A configuration that cannot work ends with 78.
+        Kind::Conflict
+    }
+}
+
+impl JobConfig {
+    /// Reads a job file. Relative paths in it are relative to its directory.
+    ///
+    /// # Errors
+    /// [`ConfigError::File`], with line and column.
+    pub fn read(path: &Path) -> Result<Self, ConfigError> {
+        let failed = |message: String| ConfigError::File { path: path.display().to_string(), message };
+        #[expect(clippy::disallowed_methods, reason = "the job file is configuration, not data")]
+        let text = std::fs::read(path).map_err(|error| failed(error.to_string()))?;
+        let text = String::from_utf8(text).map_err(|error| failed(error.to_string()))?;
+        let mut config: Self = toml::from_str(&text).map_err(|error| failed(error.to_string().trim().to_owned()))?;
+        let base = path.parent().unwrap_or(Path::new(""));
+        if let Some(directory) = &mut config.checkpoint.directory {
+            *directory = base.join(&*directory);
+        }
+        if let Some(source) = &mut config.model.source {
+            let local = base.join(&*source);
+            if local.exists() {
+                *source = local.display().to_string();
+            }
+        }
+        Ok(config)
+    }
+
+    /// The element type of what is not quantized.
+    ///
+    /// # Errors
+    /// [`ConfigError::Value`].
+    pub fn dtype_rule(&self) -> Result<DTypeRule, ConfigError> {
+        match self.load.dtype.as_deref() {
+            None | Some("auto") => Ok(DTypeRule::Keep),
+            Some(name) => name
+                .parse::<DType>()
+                .ok()
+                .filter(|dtype| dtype.is_weight_float())
+                .map(DTypeRule::Convert)
+                .ok_or_else(|| ConfigError::Value {
+                    key: "load.dtype",
+                    expected: "auto, float32, float16 or bfloat16",
+                    found: name.to_owned(),
+                }),
+        }
+    }
+
+    /// What is quantized.
+    ///
+    /// # Errors
+    /// [`ConfigError::Value`] for a block size that does not exist.
+    pub fn quantization_rule(&self) -> Result<QuantizationRule, ConfigError> {
+        let quantization = &self.quantization;
+        let four_bit = |code| {
+            let size = quantization.block.unwrap_or(64);
+            let block = BlockSize::new(size).map_err(|_| ConfigError::Value {
+                key: "quantization.block",
+                expected: "a power of two from 32 to 4096",
+                found: size.to_string(),
+            })?;
+            let (nested, skip) = (quantization.double, quantization.skip.clone());
+            Ok(QuantizationRule::FourBit { code, block, nested, skip })
+        };
+        match quantization.format {
+            QuantizationFormat::None => Ok(QuantizationRule::None),
+            QuantizationFormat::Nf4 => four_bit(FourBitCode::Nf4),
+            QuantizationFormat::Fp4 => four_bit(FourBitCode::Fp4),
+            QuantizationFormat::Int8 => Ok(QuantizationRule::Int8 { skip: quantization.skip.clone() }),
+        }
+    }
+
+    /// Sizes of chunks; as many reader threads as there are processors, four at most.
+    ///
+    /// # Errors
+    /// [`ConfigError::Value`] for sizes out of range.
+    pub fn chunking(&self) -> Result<Chunking, ConfigError> {
+        let range = |key, expected, value: u64, allowed: std::ops::RangeInclusive<u64>| {
+            let found = value.to_string();
+            if allowed.contains(&value) { Ok(value) } else { Err(ConfigError::Value { key, expected, found }) }
+        };
+        let processors = std::thread::available_parallelism().map_or(1, std::num::NonZero::get);
+        let threads = self.load.reader_threads.map_or_else(|| crate::types::as_u64(processors.min(4)), u64::from);
+        let threads = range("load.reader-threads", "1 to 64", threads, 1..=64)?;
+        let chunk = self.load.chunk_bytes.unwrap_or(CHUNK_BYTES);
+        Ok(Chunking {
+            chunk_bytes: range("load.chunk-bytes", "65536 to 268435456", chunk, 1 << 16..=1 << 28)?,
+            reader_threads: u32::try_from(threads).unwrap_or(1),
+            queue_chunks: QUEUE_CHUNKS,
+        })
+    }
+
+    /// The memory that ranks may use.
+    #[must_use]
+    pub fn memory_budget(&self, host_bytes: Option<u64>) -> MemoryBudget {
+        MemoryBudget { per_rank_bytes: self.load.memory_per_rank_bytes, host_bytes }
+    }
+
+    /// What follows when the work is done.
+    #[must_use]
+    pub const fn exit_policy(&self) -> ExitPolicy {
+        if self.job.hold { ExitPolicy::Hold } else { ExitPolicy::Exit }
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn a_whole_job_file_is_read() {
+        let job: JobConfig = toml::from_str(
+            r#"
+            job.hold = true
+            model.source = "org/name@main"
+            load = { strategy = "striped", placement = "replicate", dtype = "bfloat16", reader-threads = 3 }
+            quantization = { format = "nf4", double = true, block = 128, skip = ["lm_head"] }
+            checkpoint = { directory = "out", save = true, resume = "never" }
+            "#,
+        )
+        .expect("a job");
+        assert_eq!(job.load.strategy, Some(Strategy::Striped));
+        assert_eq!(job.dtype_rule().expect("a dtype"), DTypeRule::Convert(DType::BF16));
+        assert_eq!(job.chunking().expect("sizes").reader_threads, 3);
+        let block = BlockSize::new(128).expect("allowed");
+        let skip = vec!["lm_head".to_owned()];
+        let expected = QuantizationRule::FourBit { code: FourBitCode::Nf4, block, nested: true, skip };
+        assert_eq!(job.quantization_rule().expect("a rule"), expected);
+    }
+
+    #[test]
+    fn unknown_keys_and_impossible_values_are_named() {
+        let unknown = toml::from_str::<JobConfig>("[load]\nstrategi = \"full\"\n").expect_err("unknown key").to_string();
+        assert!(unknown.contains("strategi") && unknown.contains("line 2"), "{unknown}");
+        let mut job = JobConfig::default();
+        job.load.dtype = Some("int4".to_owned());
+        assert!(job.dtype_rule().expect_err("no dtype").to_string().contains("load.dtype: expected auto, float32"));
+        job.quantization = QuantizationConfig { format: QuantizationFormat::Nf4, block: Some(100), ..Default::default() };
+        assert!(job.quantization_rule().expect_err("no block").to_string().contains("found 100"));
+        job.load.chunk_bytes = Some(1);
+        assert!(job.chunking().is_err());
+    }
+}

@@ -1,0 +1,180 @@
+//! The data thread: it owns the communicator and the shards, and carries out one command after the other.
+
+use std::net::SocketAddr;
+use std::path::PathBuf;
+use std::sync::atomic::{AtomicU64, Ordering};
+use std::sync::{Arc, Mutex, PoisonError, mpsc};
+
+use tokio::sync::mpsc as async_mpsc;
+
+use super::proc_stat::peak_resident_bytes;
+use crate::checkpoint::{CheckpointError, WriteRequest, write_shard};
+use crate::comm::tcp::{DEFAULT_DEADLINE, DEFAULT_IDLE_DEADLINE, TcpConfig, TcpPort, connect};
+use crate::comm::{AbortHandle, CommError, Communicator, Group};
+use crate::error::{Classify, chain};
+use crate::load::{Cancel, LoadError, LoadOptions, LoadReport, load};
+use crate::manifest::ShardReceipt;
+use crate::plan::{LoadPlan, Strategy};
+use crate::quant::Kernels;
+use crate::state::StateDict;
+use crate::store::LocalStore;
+use crate::types::{Generation, Rank, Step};
+
+/// What the data thread is told to do.
+#[derive(Debug)]
+pub(super) enum Command {
+    /// Form the group and load.
+    Load(Box<LoadCommand>),
+    /// Write the shard of a checkpoint.
+    Save { step: Step, directory: String },
+}
+
+/// Everything that a load needs.
+#[derive(Debug)]
+pub(super) struct LoadCommand {
+    pub(super) plan: LoadPlan,
+    pub(super) group: Group,
+    pub(super) generation: Generation,
+    pub(super) secret: [u8; 32],
+    pub(super) peers: Vec<SocketAddr>,
+}
+
+/// What the data thread answers.
+#[derive(Debug)]
+pub(super) enum Outcome {
+    Loaded(Box<LoadReport>),
+    Saved { step: Step, receipt: Box<ShardReceipt> },
+    Failed(Failure),
+}
+
+/// Why the rank cannot go on.
+#[derive(Clone, Debug)]
+pub(super) struct Failure {
+    pub(super) message: String,
+    pub(super) exit_code: u8,
+    pub(super) lost_peer: Option<Rank>,
+}
+
+/// What other threads see of the data thread, and how they end its work.
+#[derive(Clone, Debug, Default)]
+pub(super) struct Watched {
+    pub(super) done_bytes: Arc<AtomicU64>,
+    pub(super) total_bytes: Arc<AtomicU64>,
+    pub(super) cancel: Cancel,
+    abort: Arc<Mutex<Option<AbortHandle>>>,
+}
+
+impl Watched {
+    /// Ends whatever the data thread is doing, within 100 ms.
+    pub(super) fn abort(&self, reason: &str) {
+        self.cancel.cancel();
+        if let Some(handle) = self.abort.lock().unwrap_or_else(PoisonError::into_inner).as_ref() {
+            handle.abort(reason);
+        }
+    }
+
+    fn set_abort(&self, handle: AbortHandle) {
+        *self.abort.lock().unwrap_or_else(PoisonError::into_inner) = Some(handle);
+    }
+}
+
+/// The data thread's own state.
+pub(super) struct DataThread {
+    pub(super) port: Option<TcpPort>,
+    pub(super) watched: Watched,
+    pub(super) checkpoint_root: Option<PathBuf>,
+    pub(super) held: Option<(LoadPlan, StateDict)>,
+}
+
+impl DataThread {
+    /// Carries out commands until there are no more.
+    pub(super) fn run(mut self, commands: &mpsc::Receiver<Command>, outcomes: &async_mpsc::Sender<Outcome>) {
+        while let Ok(command) = commands.recv() {
+            let outcome = match command {
+                Command::Load(command) => self.load(*command).unwrap_or_else(Outcome::Failed),
+                Command::Save { step, directory } => self.save(step, &directory).unwrap_or_else(Outcome::Failed),
+            };
+            if outcomes.blocking_send(outcome).is_err() {
+                return;
+            }
+        }
+    }
+
+    fn load(&mut self, command: LoadCommand) -> Result<Outcome, Failure> {
+        let LoadCommand { plan, group, generation, secret, peers } = command;
+        self.watched.total_bytes.store(plan.kept_bytes(group.rank), Ordering::Relaxed);
+        let store = LocalStore::new(&plan.root);
+        let options = LoadOptions {
+            rank: group.rank,
+            store: &store,
+            kernels: Kernels::detect(),
+            cancel: self.watched.cancel.clone(),
+            done_bytes: self.watched.done_bytes.clone(),
+        };
+        let alone = plan.strategy == Strategy::Full || group.world.get() == 1;
+        let (loaded, traffic) = match self.port.take().filter(|_| !alone) {
+            None => (load(&plan, &options, None), None),
+            Some(port) => {
+                let (deadline, idle_deadline) = (DEFAULT_DEADLINE, DEFAULT_IDLE_DEADLINE);
+                let config = TcpConfig { group, generation, secret, peers, deadline, idle_deadline };
+                let mut comm = connect(config, port).map_err(|error| comm_failure(&error, group.rank))?;
+                self.watched.set_abort(comm.abort_handle());
+                let counters = comm.counters();
+                let loaded = load(&plan, &options, Some(&mut comm as &mut dyn Communicator));
+                if let Err(error) = &loaded {
+                    comm.abort_handle().abort(&chain(error));
+                }
+                (loaded, Some(counters.traffic()))
+            }
+        };
+        let (state, mut report) = loaded.map_err(|error| load_failure(&error, group.rank))?;
+        report.storage_bytes = store.read_counter().bytes();
+        report.peak_resident_bytes = peak_resident_bytes();
+        if let Some(traffic) = traffic {
+            report.sent_bytes = traffic.payload_sent_bytes;
+            report.received_bytes = traffic.payload_received_bytes;
+        }
+        self.held = Some((plan, state));
+        Ok(Outcome::Loaded(Box::new(report)))
+    }
+
+    fn save(&mut self, step: Step, directory: &str) -> Result<Outcome, Failure> {
+        let internal = |message: &str| Failure {
+            message: message.to_owned(),
+            exit_code: crate::error::Kind::Internal.exit_code(),
+            lost_peer: None,
+        };
+        let (plan, state) = self.held.as_ref().ok_or_else(|| internal("told to save before it has loaded"))?;
+        let root = self.checkpoint_root.as_ref().ok_or_else(|| internal("told to save without a checkpoint directory"))?;
+        let store = LocalStore::new(root);
+        let total = crate::checkpoint::data_bytes(plan, state);
+        self.watched.done_bytes.store(0, Ordering::Relaxed);
+        self.watched.total_bytes.store(total, Ordering::Relaxed);
+        let request = WriteRequest { plan, state, store: &store, directory, step };
+        let progress = |done| self.watched.done_bytes.store(done, Ordering::Relaxed);
+        let receipt = write_shard(&request, &progress).map_err(|error: CheckpointError| Failure {
+            message: chain(&error),
+            exit_code: error.kind().exit_code(),
+            lost_peer: None,
+        })?;
+        Ok(Outcome::Saved { step, receipt: Box::new(receipt) })
+    }
+}
+
+fn load_failure(error: &LoadError, own: Rank) -> Failure {
+    match error {
+        LoadError::Comm { fqn, source } => {
+            let failure = comm_failure(source, own);
+            Failure { message: format!("tensor {fqn}: {}", failure.message), ..failure }
+        }
+        _ => Failure { message: chain(error), exit_code: error.kind().exit_code(), lost_peer: None },
+    }
+}
+
+fn comm_failure(error: &CommError, own: Rank) -> Failure {
+    let lost_peer = match error {
+        CommError::PeerLost { rank, .. } | CommError::Aborted { rank, .. } if *rank != own => Some(*rank),
+        _ => None,
+    };
+    Failure { message: chain(error), exit_code: error.kind().exit_code(), lost_peer }
+}

@@ -1,0 +1,41 @@
+//! The worker: the process of one rank. It joins, does what the coordinator's snapshots say, and reports.
+//!
+//! Owns: the session with the coordinator, and the thread that owns communicator and shards.
+//! Refuses to know: who decides what is done, and the launcher that started it.
+//!
+//! `WK-1`: snapshots are levels, not edges: the worker compares what it should be doing with what it has done, so a
+//! snapshot that is repeated, or missed because a later one came, changes nothing.
+
+mod data;
+mod proc_stat;
+mod session;
+
+use std::net::IpAddr;
+use std::path::PathBuf;
+use std::time::Duration;
+
+pub use session::{Ended, WorkerError, run};
+
+use crate::rpc::Token;
+use crate::types::{Rank, WorldSize};
+
+/// What a worker is started with.
+#[derive(Clone, Debug)]
+pub struct WorkerConfig {
+    /// Its rank.
+    pub rank: Rank,
+    /// The number of ranks.
+    pub world: WorldSize,
+    /// The coordinator's `host:port`.
+    pub coordinator: String,
+    /// The job's token.
+    pub token: Token,
+    /// The address that the data plane listens on; its port is a free one.
+    pub data_ip: IpAddr,
+    /// This host's name.
+    pub host: String,
+    /// Where checkpoints go.
+    pub checkpoint_root: Option<PathBuf>,
+    /// How long the coordinator may be out of reach before the rank gives up.
+    pub coordinator_deadline: Duration,
+}
