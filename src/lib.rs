@@ -4,6 +4,7 @@
 //! The modules form rings, and imports go downward only; docs/ARCHITECTURE.md draws them and `tests/tidy.rs` checks them.
 
 pub mod app;
+pub mod bench;
 pub mod checkpoint;
 pub mod cli;
 pub mod clock;
@@ -13,6 +14,7 @@ pub mod coordinator;
 pub mod device;
 pub mod error;
 pub mod format;
+pub mod hub;
 pub mod load;
 pub mod manifest;
 pub mod membership;

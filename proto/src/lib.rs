@@ -7,7 +7,7 @@
 /// Version 1 of the contract.
 pub mod v1 {
     #![expect(missing_docs, reason = "the .proto files carry the documentation")]
-    #![expect(clippy::all, clippy::or_fun_call, reason = "generated code")]
+    #![expect(clippy::all, reason = "generated code")]
     include!("gen/weightcast.v1.rs");
 }
 

@@ -1,5 +1,7 @@
 //! The committed generated code equals what the `.proto` files generate.
 
+#![expect(clippy::disallowed_methods, reason = "a test reads and writes its files")]
+
 use std::fs;
 use std::path::Path;
 

@@ -42,7 +42,10 @@ fn failed(what: &'static str) -> impl FnOnce(&dyn std::fmt::Display) -> DemoErro
 pub fn run(model: &Path, work: &Path, say: &mut dyn FnMut(String)) -> Result<(), DemoError> {
     let checkpoints = work.join("checkpoints");
     let store = LocalStore::new(&checkpoints);
-    say(format!("1. Load {} on 4 ranks, quantized to NF4 by rank 0, and commit a sharded checkpoint.", model.display()));
+    say(format!(
+        "1. Load {} on 4 ranks, quantized to NF4 by rank 0, and commit a sharded checkpoint.",
+        model.display()
+    ));
     let mut job = start(work, &["--nproc-per-node", "4", "--hold", "--save"], Some(model), &checkpoints)?;
     let pids = match wait_for_commit(&mut job, &store) {
         Ok(()) => descendants(job.id()),
@@ -61,7 +64,11 @@ pub fn run(model: &Path, work: &Path, say: &mut dyn FnMut(String)) -> Result<(),
         first.manifest.world
     ));
 
-    say(format!("2. End the whole job with SIGKILL (launcher process {}, {} processes below it).", job.id(), pids.len()));
+    say(format!(
+        "2. End the whole job with SIGKILL (launcher process {}, {} processes below it).",
+        job.id(),
+        pids.len()
+    ));
     job.kill().map_err(|error| failed("killing the job")(&error))?;
     job.wait().map_err(|error| failed("waiting for the killed job")(&error))?;
     wait_until(|| pids.iter().all(|&pid| !is_alive(pid)))
@@ -81,8 +88,7 @@ pub fn run(model: &Path, work: &Path, say: &mut dyn FnMut(String)) -> Result<(),
     say(format!("   {compared} tensors on 2 ranks have the digests that 4 ranks wrote."));
 
     say("4. Verify every byte of the checkpoint against its digests.".to_owned());
-    let verified =
-        checkpoint::verify(&store, &first, Depth::Deep).map_err(|error| failed("verifying")(&error))?;
+    let verified = checkpoint::verify(&store, &first, Depth::Deep).map_err(|error| failed("verifying")(&error))?;
     say(format!("   {} bytes in {} files hold.", verified.bytes, verified.files));
     Ok(())
 }

@@ -7,7 +7,8 @@ use std::path::PathBuf;
 use std::time::Duration;
 
 use weightcast_launcher::{
-    Environment, Event as LaunchEvent, EventSink, Launch, LaunchArgs, LaunchError, RankCommand, Report, run, stop_channel,
+    Environment, Event as LaunchEvent, EventSink, Launch, LaunchArgs, LaunchError, RankCommand, Report, run,
+    stop_channel,
 };
 
 use super::prepare::Prepared;

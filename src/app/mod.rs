@@ -4,11 +4,13 @@
 
 pub mod demo;
 mod launch;
+mod new_model;
 mod prepare;
 mod running;
 mod source;
 
 pub use launch::{LaunchJob, LaunchJobError, Launched, launch};
+pub use new_model::{NewModelError, new_model};
 pub use prepare::{PrepareError, Prepared, prepare, prepare_with};
 pub use running::{RunFile, RunFileError};
 pub use source::{ModelSource, SourceError, open_model};

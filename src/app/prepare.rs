@@ -6,6 +6,7 @@ use super::source::{SourceError, open_model};
 use crate::checkpoint::{self, Checkpoint, CheckpointError, Skipped, plan_resume};
 use crate::config::{ConfigError, JobConfig, ResumePolicy};
 use crate::error::{Classify, Kind};
+use crate::hub::Progress;
 use crate::plan::{LoadPlan, LoadRequest, PlanError, Strategy, plan};
 use crate::store::LocalStore;
 use crate::types::{Step, WorldSize};
@@ -56,22 +57,31 @@ impl Classify for PrepareError {
 ///
 /// # Errors
 /// [`PrepareError`].
-pub fn prepare(config: &JobConfig, world: WorldSize) -> Result<Prepared, PrepareError> {
-    prepare_with(config, world, crate::config::available_memory_bytes())
+pub fn prepare(
+    config: &JobConfig,
+    world: WorldSize,
+    progress: &dyn Fn(Progress<'_>),
+) -> Result<Prepared, PrepareError> {
+    prepare_with(config, world, crate::config::available_memory_bytes(), progress)
 }
 
 /// As [`prepare`], with the host's memory given.
 ///
 /// # Errors
 /// [`PrepareError`].
-pub fn prepare_with(config: &JobConfig, world: WorldSize, host_bytes: Option<u64>) -> Result<Prepared, PrepareError> {
+pub fn prepare_with(
+    config: &JobConfig,
+    world: WorldSize,
+    host_bytes: Option<u64>,
+    progress: &dyn Fn(Progress<'_>),
+) -> Result<Prepared, PrepareError> {
     if config.checkpoint.save && config.checkpoint.directory.is_none() {
         let (key, expected) = ("checkpoint.directory", "a directory, because checkpoint.save is set");
         return Err(ConfigError::Value { key, expected, found: "nothing".to_owned() }.into());
     }
     let prepared = match newest(config)? {
         Some((checkpoint, skipped)) => resume(config, world, &checkpoint, skipped)?,
-        None => fresh(config, world)?,
+        None => fresh(config, world, progress)?,
     };
     prepared.plan.check_memory(config.memory_budget(host_bytes))?;
     Ok(prepared)
@@ -113,13 +123,13 @@ fn request(config: &JobConfig, world: WorldSize, root: &Path, strategy: Strategy
     })
 }
 
-fn fresh(config: &JobConfig, world: WorldSize) -> Result<Prepared, PrepareError> {
+fn fresh(config: &JobConfig, world: WorldSize, progress: &dyn Fn(Progress<'_>)) -> Result<Prepared, PrepareError> {
     let reference = config.model.source.as_deref().ok_or_else(|| ConfigError::Value {
         key: "model.source",
         expected: "a model directory, file or hub id",
         found: "nothing".to_owned(),
     })?;
-    let source = open_model(reference)?;
+    let source = open_model(reference, progress)?;
     let mut request = request(config, world, &source.root, Strategy::LowMemory)?;
     request.config_json = source.config_json;
     let plan = plan(request, &source.index, &source.skeleton, &source.binding)?;
@@ -132,7 +142,7 @@ fn resume(
     checkpoint: &Checkpoint,
     skipped: Vec<Skipped>,
 ) -> Result<Prepared, PrepareError> {
-    let root = config.checkpoint.directory.as_deref().unwrap_or(Path::new(""));
+    let root = config.checkpoint.directory.as_deref().unwrap_or_else(|| Path::new(""));
     // From a checkpoint each rank reads its own bytes: they are packed already, so nobody has work to share.
     let request = request(config, world, root, Strategy::Full)?;
     let plan = plan_resume(request, checkpoint)?;

@@ -3,15 +3,12 @@
 use std::path::{Path, PathBuf};
 
 use crate::error::{Classify, Kind};
-use crate::format::{FormatError, ModelIndex, parse_index_json};
+use crate::format::{FormatError, GgufHead, ModelIndex, gguf, parse_index_json};
+use crate::hub::{HubConfig, HubError, ModelKind, Progress, Reference, resolve};
 use crate::load::{ScanError, scan};
 use crate::model::{Binding, KeyMismatch, ModelError, Skeleton};
-use crate::store::{LocalStore, Store, StoreError, read_small};
-
-/// config.json and index files are at most this long.
-const MAX_JSON_BYTES: u64 = 64 << 20;
-const INDEX_NAME: &str = "model.safetensors.index.json";
-const SINGLE_NAME: &str = "model.safetensors";
+use crate::store::{LocalStore, Store, StoreError};
+use crate::types::as_usize;
 
 /// A model whose headers were read and whose keys fit.
 #[derive(Debug)]
@@ -32,18 +29,9 @@ pub struct ModelSource {
 #[derive(Debug, thiserror::Error)]
 #[non_exhaustive]
 pub enum SourceError {
-    /// There is no such directory or file.
-    #[error("model {reference:?}: no such directory or file")]
-    NotFound {
-        /// The reference.
-        reference: String,
-    },
-    /// There are no weights.
-    #[error("{directory} has no weights: expected {SINGLE_NAME}, {INDEX_NAME} or another *.safetensors file")]
-    NoWeights {
-        /// The directory.
-        directory: String,
-    },
+    /// The reference leads to no files.
+    #[error(transparent)]
+    Hub(#[from] HubError),
     /// Storage failed.
     #[error(transparent)]
     Store(#[from] StoreError),
@@ -74,7 +62,7 @@ pub enum SourceError {
 impl Classify for SourceError {
     fn kind(&self) -> Kind {
         match self {
-            Self::NotFound { .. } | Self::NoWeights { .. } => Kind::NotFound,
+            Self::Hub(source) => source.kind(),
             Self::Store(source) => source.kind(),
             Self::Scan(source) => source.kind(),
             Self::Format(source) => source.kind(),
@@ -84,44 +72,42 @@ impl Classify for SourceError {
     }
 }
 
-/// Opens a local model: a Hugging Face directory, or one safetensors file. Only headers are read.
+/// Opens a model: a Hugging Face directory, a safetensors or GGUF file, or a hub id, which is downloaded into the cache
+/// first. Of local files only headers are read. `progress` hears of downloads.
 ///
 /// # Errors
 /// [`SourceError`], naming file and tensor.
-pub fn open_model(reference: &str) -> Result<ModelSource, SourceError> {
-    let path = Path::new(reference);
-    if path.is_dir() {
-        return open_directory(path);
+pub fn open_model(reference: &str, progress: &dyn Fn(Progress<'_>)) -> Result<ModelSource, SourceError> {
+    let config = HubConfig::from_vars(&crate::config::variable)?;
+    let files = resolve(&Reference::parse(reference)?, &config, progress)?;
+    let store = LocalStore::new(&files.root);
+    let names: Vec<String> = files.files.into_iter().map(|file| file.name).collect();
+    if files.kind == ModelKind::Gguf {
+        let name = names.first().map_or("", String::as_str);
+        let (index, config_json) = read_gguf(&store, name)?;
+        return finish(&files.root, Some(config_json.into_bytes()), index);
     }
-    match (path.is_file(), path.parent(), path.file_name().and_then(|name| name.to_str())) {
-        (true, Some(directory), Some(name)) => {
-            let store = LocalStore::new(directory);
-            finish(directory, None, scan(&store, &[name.to_owned()], None)?)
-        }
-        _ => Err(SourceError::NotFound { reference: reference.to_owned() }),
-    }
+    let index_json = match &files.index_json {
+        Some((name, bytes)) => Some(parse_index_json(&store.describe(name), bytes)?),
+        None => None,
+    };
+    let index = scan(&store, &names, index_json.as_ref())?;
+    finish(&files.root, files.config_json, index)
 }
 
-fn open_directory(directory: &Path) -> Result<ModelSource, SourceError> {
-    let store = LocalStore::new(directory);
-    let names = store.list("")?;
-    let has = |name: &str| names.iter().any(|known| known == name);
-    let config = if has("config.json") { Some(read_small(&store, "config.json", MAX_JSON_BYTES)?) } else { None };
-    let index = if has(INDEX_NAME) {
-        let index = parse_index_json(&store.describe(INDEX_NAME), &read_small(&store, INDEX_NAME, MAX_JSON_BYTES)?)?;
-        scan(&store, &index.files(), Some(&index))?
-    } else {
-        let weights: Vec<String> = if has(SINGLE_NAME) {
-            vec![SINGLE_NAME.to_owned()]
-        } else {
-            names.into_iter().filter(|name| name.ends_with(".safetensors")).collect()
-        };
-        if weights.is_empty() {
-            return Err(SourceError::NoWeights { directory: directory.display().to_string() });
+/// Reads as much of a GGUF file as its header takes.
+fn read_gguf(store: &LocalStore, name: &str) -> Result<(ModelIndex, String), SourceError> {
+    let file = store.open(name)?;
+    let mut wanted = gguf::FIRST_HEAD_BYTES;
+    loop {
+        let mut head = vec![0; as_usize(wanted.min(file.len_bytes()))];
+        file.read_exact_at(0, &mut head)?;
+        match gguf::parse(&store.describe(name), &head, file.len_bytes())? {
+            // The index names the file as the plan will open it.
+            GgufHead::Whole(parsed) => return Ok(parsed.into_index(name)?),
+            GgufHead::Longer { read_bytes } => wanted = read_bytes,
         }
-        scan(&store, &weights, None)?
-    };
-    finish(directory, config, index)
+    }
 }
 
 fn finish(directory: &Path, config: Option<Vec<u8>>, index: ModelIndex) -> Result<ModelSource, SourceError> {

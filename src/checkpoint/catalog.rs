@@ -56,8 +56,8 @@ pub fn open(store: &dyn Store, step: Step) -> Result<Checkpoint, CheckpointError
     let directory = step_name(step);
     let name = format!("{directory}/{MANIFEST}");
     let bytes = read_small(store, &name, MAX_MANIFEST_BYTES)?;
-    let manifest = Manifest::decode(&bytes)
-        .map_err(|source| CheckpointError::Manifest { path: store.describe(&name), source })?;
+    let manifest =
+        Manifest::decode(&bytes).map_err(|source| CheckpointError::Manifest { path: store.describe(&name), source })?;
     for file in &manifest.files {
         let shard = format!("{directory}/{}", file.name);
         check_length(&store.describe(&shard), file.bytes, store.open(&shard)?.len_bytes())?;

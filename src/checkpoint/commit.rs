@@ -1,8 +1,8 @@
 //! The two ends of a commit: beginning an attempt, and sealing and publishing it (`CK-1`).
 
+use super::CheckpointError;
 use super::names::{LATEST, MANIFEST, TMP, attempt_directory, parse_attempt_name, step_name, table_name};
 use super::read::check_length;
-use super::CheckpointError;
 use crate::manifest::{SealRequest, ShardReceipt, seal};
 use crate::store::{Store, write_small};
 use crate::types::{Attempt, Step};

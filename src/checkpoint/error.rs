@@ -56,7 +56,9 @@ pub enum CheckpointError {
         found: u32,
     },
     /// A block does not have its digest.
-    #[error("{path}: block {block} (bytes {start}..{end}) is damaged{tensor}: expected CRC32C {expected:08x}, found {found:08x}")]
+    #[error(
+        "{path}: block {block} (bytes {start}..{end}) is damaged{tensor}: expected CRC32C {expected:08x}, found {found:08x}"
+    )]
     Block {
         /// The shard file.
         path: String,

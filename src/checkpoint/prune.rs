@@ -23,10 +23,8 @@ pub struct Pruned {
 pub fn prune(store: &dyn Store, keep: usize, delete: Delete) -> Result<Pruned, CheckpointError> {
     let mut pruned = Pruned { kept: Vec::new(), deleted: Vec::new(), damaged: Vec::new() };
     for listed in list(store)?.into_iter().rev() {
-        let holds = listed
-            .checkpoint
-            .and_then(|checkpoint| verify(store, &checkpoint, Depth::Shallow).map(|_| ()))
-            .is_ok();
+        let holds =
+            listed.checkpoint.and_then(|checkpoint| verify(store, &checkpoint, Depth::Shallow).map(|_| ())).is_ok();
         let pile = match holds {
             false => &mut pruned.damaged,
             true if pruned.kept.len() < keep => &mut pruned.kept,

@@ -53,7 +53,8 @@ impl VerifiedFile {
         while at < end {
             let block_start = at / DIGEST_BLOCK_BYTES * DIGEST_BLOCK_BYTES;
             let block_end = (block_start + DIGEST_BLOCK_BYTES).min(self.file.len_bytes());
-            let whole_end = if end >= self.file.len_bytes() { end } else { end / DIGEST_BLOCK_BYTES * DIGEST_BLOCK_BYTES };
+            let whole_end =
+                if end >= self.file.len_bytes() { end } else { end / DIGEST_BLOCK_BYTES * DIGEST_BLOCK_BYTES };
             if at == block_start && whole_end > at {
                 // Whole blocks go straight to where they belong.
                 let len = (whole_end - at).min(READ_CHUNK_BYTES);
@@ -100,7 +101,8 @@ impl VerifiedFile {
             let expected = self.table.get(as_usize(block_index)).copied();
             let found = crc32c(block);
             if expected != Some(found) {
-                let range = ByteRange::with_len(block_index * DIGEST_BLOCK_BYTES, as_u64(block.len())).unwrap_or_default();
+                let range =
+                    ByteRange::with_len(block_index * DIGEST_BLOCK_BYTES, as_u64(block.len())).unwrap_or_default();
                 return Err(CheckpointError::Block {
                     path: self.path.clone(),
                     block: block_index,

@@ -21,7 +21,8 @@ pub fn plan_resume(mut request: LoadRequest, checkpoint: &Checkpoint) -> Result<
         .map(|file| FileEntry { name: format!("{}/{}", checkpoint.directory, file.name), len_bytes: file.bytes })
         .collect();
     let tensor = |saved: &crate::manifest::SavedTensor| {
-        let chunk = |chunk: &crate::manifest::SavedChunk| StoredChunk { file: chunk.file, range: chunk.range, at: chunk.at };
+        let chunk =
+            |chunk: &crate::manifest::SavedChunk| StoredChunk { file: chunk.file, range: chunk.range, at: chunk.at };
         // What was cut once can be cut again; a plain tensor's role is not stored, so matrices count as linear layers.
         let role = if matches!(saved.encoding, Encoding::Plain { .. }) && saved.shape.dims() < 2 {
             Role::Norm

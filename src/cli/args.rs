@@ -6,6 +6,7 @@ use clap::{Args, Parser, Subcommand, ValueEnum};
 use weightcast_launcher::LaunchArgs;
 
 use crate::config::{JobConfig, QuantizationFormat, ResumePolicy};
+use crate::model::Architecture;
 use crate::plan::{Placement, Strategy};
 
 /// Loads a large model onto many ranks in low memory, quantized on the way, and checkpoints all ranks as one
@@ -57,6 +58,55 @@ pub enum Command {
     Drain(JobFlags),
     /// Run the main job on a small real model, with a crash in the middle
     Demo(DemoFlags),
+    /// Measure, beside the machine's limits
+    Bench {
+        /// What to measure
+        #[command(subcommand)]
+        command: BenchCommand,
+        /// Print one JSON object a line on stdout
+        #[arg(long, global = true)]
+        json: bool,
+    },
+}
+
+/// `weightcast bench …`
+#[derive(Debug, Subcommand)]
+pub enum BenchCommand {
+    /// A whole load in real processes, and its stages alone
+    Load {
+        /// Where the generated model is, or will be made
+        #[arg(long, value_name = "DIR")]
+        directory: PathBuf,
+        /// Parameters of the generated model; 1B are 2 GB
+        #[arg(long, default_value = "1B")]
+        params: String,
+        /// Ranks
+        #[arg(long, default_value_t = 4)]
+        ranks: u32,
+        /// Threads of the reader
+        #[arg(long, default_value_t = 2, value_parser = clap::value_parser!(u32).range(1..=64))]
+        reader_threads: u32,
+    },
+    /// Quantizing on one core
+    Quantize,
+    /// Broadcast and scatter over TCP
+    Collective {
+        /// Ranks
+        #[arg(long, default_value_t = 4, value_parser = clap::value_parser!(u32).range(2..=64))]
+        ranks: u32,
+    },
+    /// Writing a checkpoint
+    Checkpoint {
+        /// Where to write
+        #[arg(long, value_name = "DIR")]
+        directory: PathBuf,
+        /// Writers
+        #[arg(long, default_value_t = 4, value_parser = clap::value_parser!(u32).range(1..=64))]
+        ranks: u32,
+        /// Size in MiB
+        #[arg(long, default_value_t = 2048)]
+        mib: u64,
+    },
 }
 
 /// `weightcast launch`
@@ -191,6 +241,30 @@ pub enum ModelCommand {
         #[arg(long)]
         json: bool,
     },
+    /// Make a model with seeded random weights, in seconds
+    New {
+        /// The family
+        #[arg(long, value_parser = parse_architecture, default_value = "llama")]
+        arch: Architecture,
+        /// About how many parameters, such as 135M or 1B
+        #[arg(long)]
+        params: String,
+        /// Element type: bfloat16, float16, float32
+        #[arg(long, default_value = "bfloat16")]
+        dtype: String,
+        /// What the values follow from
+        #[arg(long, default_value_t = 0)]
+        seed: u64,
+        /// Where to write it
+        directory: PathBuf,
+    },
+}
+
+fn parse_architecture(text: &str) -> Result<Architecture, String> {
+    let known =
+        [Architecture::Llama, Architecture::Mistral, Architecture::Qwen2, Architecture::Qwen3, Architecture::Bert];
+    let found = known.into_iter().find(|architecture| architecture.name() == text);
+    found.ok_or_else(|| "expected llama, mistral, qwen2, qwen3 or bert".to_owned())
 }
 
 /// `weightcast checkpoint …`

@@ -83,7 +83,10 @@ fn inspect(directory: &Path, step: Option<u64>, as_json: bool) -> Result<(), Che
         json(manifest);
         return Ok(());
     }
-    data(&format!("checkpoint  {} (attempt {}, generation {})", checkpoint.directory, manifest.attempt, manifest.generation));
+    data(&format!(
+        "checkpoint  {} (attempt {}, generation {})",
+        checkpoint.directory, manifest.attempt, manifest.generation
+    ));
     data(&format!("model       {}", manifest.model));
     data(&format!("written by  {} ranks", manifest.world));
     for file in &manifest.files {

@@ -13,7 +13,10 @@ const MODEL: &str = "tests/data/tiny-llama";
 pub(super) fn run(flags: &DemoFlags) -> u8 {
     let model = flags.model.clone().unwrap_or_else(|| PathBuf::from(MODEL));
     if !model.exists() {
-        say(&format!("error: no model at {}: run the demo in the project's directory, or name one with --model", model.display()));
+        say(&format!(
+            "error: no model at {}: run the demo in the project's directory, or name one with --model",
+            model.display()
+        ));
         return 65;
     }
     let name = format!("weightcast-demo-{}", std::process::id());
@@ -27,7 +30,7 @@ pub(super) fn run(flags: &DemoFlags) -> u8 {
     let result = demo::run(&model, &work, &mut |line| data(&line));
     if temporary && result.is_ok() {
         // What is left of a demo that failed is evidence.
-        let _ = LocalStore::new(work.parent().unwrap_or(Path::new("/"))).remove(&name);
+        let _ = LocalStore::new(work.parent().unwrap_or_else(|| Path::new("/"))).remove(&name);
     }
     match result {
         Ok(()) => {

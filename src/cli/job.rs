@@ -4,9 +4,9 @@ use serde_json::json;
 use weightcast_proto::v1;
 
 use super::args::JobFlags;
+use super::devices::describe;
 use super::output::{bytes, data, fail, fail_with, json, say};
 use crate::app::{RunFile, RunFileError};
-use super::devices::describe;
 use crate::error::Kind;
 use crate::rpc::{Clients, ConnectError, Token, TokenError, describe_status, kind_of, request};
 
@@ -115,7 +115,10 @@ fn print(answer: &v1::GetStatusResponse, as_json: bool) {
     if !answer.last_checkpoint.is_empty() {
         say(&format!("checkpoint {}", answer.last_checkpoint));
     }
-    data(&format!("{:>5}  {:<10}  {:>21}  {:>12}  {:>8}  {:<8}  host", "rank", "stage", "progress", "peak memory", "lease", "device"));
+    data(&format!(
+        "{:>5}  {:<10}  {:>21}  {:>12}  {:>8}  {:<8}  host",
+        "rank", "stage", "progress", "peak memory", "lease", "device"
+    ));
     for rank in &answer.ranks {
         data(&format!(
             "{:>5}  {:<10}  {:>21}  {:>12}  {:>5} ms  {:<8}  {} (process {})",

@@ -12,9 +12,11 @@ use crate::types::WorldSize;
 
 pub(super) fn run(flags: LaunchFlags) -> u8 {
     let LaunchFlags { job, json, launch } = flags;
-    let file = launch.command.first().map(std::path::PathBuf::from).filter(|path| {
-        path.extension().is_some_and(|extension| extension == "toml") && launch.command.len() == 1
-    });
+    let file = launch
+        .command
+        .first()
+        .map(std::path::PathBuf::from)
+        .filter(|path| path.extension().is_some_and(|extension| extension == "toml") && launch.command.len() == 1);
     if file.is_none() && !job.names_a_job() {
         return run_program(&launch);
     }
@@ -48,7 +50,7 @@ fn run_job(config: JobConfig, args: LaunchArgs, as_json: bool) -> u8 {
         Ok(world) => world,
         Err(error) => return fail_with(&error, super::EXIT_USAGE),
     };
-    let prepared = match prepare(&config, world) {
+    let prepared = match prepare(&config, world, &super::output::download) {
         Ok(prepared) => prepared,
         Err(error) => return fail(&error),
     };

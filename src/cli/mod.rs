@@ -3,6 +3,7 @@
 //! Owns: the commands and how results look. Refuses to know: how anything is done.
 
 mod args;
+mod bench;
 mod checkpoint;
 mod demo;
 mod devices;
@@ -42,5 +43,6 @@ pub fn main(arguments: impl Iterator<Item = std::ffi::OsString>) -> u8 {
         Command::Status(flags) => job::status(&flags),
         Command::Drain(flags) => job::drain(&flags),
         Command::Demo(flags) => demo::run(&flags),
+        Command::Bench { command, json } => bench::run(&command, json),
     }
 }

@@ -62,3 +62,15 @@ pub(super) fn bytes(count: u64) -> String {
     let name = UNITS.get(unit).copied().unwrap_or("B");
     if unit == 0 { format!("{count} B") } else { format!("{value:.1} {name}") }
 }
+
+/// Shows how far a download is: a bar on a terminal, a line per file otherwise.
+pub(super) fn download(progress: crate::hub::Progress<'_>) {
+    use std::io::IsTerminal as _;
+    let done = progress.done_bytes >= progress.total_bytes;
+    let line = format!("{}  {} of {}", progress.file, bytes(progress.done_bytes), bytes(progress.total_bytes));
+    if std::io::stderr().is_terminal() {
+        let _ = write!(std::io::stderr().lock(), "\r\x1b[K{line}{}", if done { "\n" } else { "" });
+    } else if done {
+        say(&line);
+    }
+}

@@ -3,10 +3,10 @@
 use serde_json::json;
 
 use super::args::PlanFlags;
+use super::devices::describe;
 use super::output::{bytes, data, fail, json, say};
 use crate::app::{Prepared, prepare_with};
 use crate::config::{JobConfig, available_memory_bytes};
-use super::devices::describe;
 use crate::plan::RankMemory;
 use crate::types::WorldSize;
 
@@ -18,7 +18,7 @@ pub(super) fn run(flags: &PlanFlags) -> u8 {
     };
     flags.job.clone().apply(&mut config);
     let world = WorldSize::new(flags.ranks).unwrap_or(WorldSize::ONE);
-    let prepared = match prepare_with(&config, world, available_memory_bytes()) {
+    let prepared = match prepare_with(&config, world, available_memory_bytes(), &super::output::download) {
         Ok(prepared) => prepared,
         Err(error) => return fail(&error),
     };
@@ -48,7 +48,10 @@ fn print(prepared: &Prepared, as_json: bool) {
     say(&format!("model      {}", plan.model));
     say(&format!("reads      {} in {} tensors, each byte once", bytes(plan.input_bytes()), plan.tensors.len()));
     say(&format!("devices    {devices}"));
-    data(&format!("{:>5}  {:>6}  {:>12}  {:>12}  {:>12}  {:>12}", "rank", "reads", "weights", "window", "overhead", "host peak"));
+    data(&format!(
+        "{:>5}  {:>6}  {:>12}  {:>12}  {:>12}  {:>12}",
+        "rank", "reads", "weights", "window", "overhead", "host peak"
+    ));
     for rank in ranks {
         let reads = if plan.reads(rank.rank) { "yes" } else { "no" };
         data(&format!(

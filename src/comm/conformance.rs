@@ -94,7 +94,9 @@ fn data(call: usize, rank: Rank, len: usize) -> Vec<u8> {
 }
 
 fn floats(values: impl Iterator<Item = f32>) -> Vec<u8> {
-    values.flat_map(f32::to_ne_bytes).collect()
+    let mut bytes = Vec::with_capacity(values.size_hint().0 * size_of::<f32>());
+    values.for_each(|value| bytes.extend_from_slice(&value.to_ne_bytes()));
+    bytes
 }
 
 /// The rank as a small number, exactly.
@@ -190,8 +192,9 @@ pub(crate) fn gathers_uneven_parts<B: Backend>(backend: &B) {
                 for shape in shapes {
                     let counts: Vec<usize> =
                         (0..group.world.count()).map(|rank| shape(len, rank, group.world.count())).collect();
-                    let expected: Vec<u8> =
-                        group.world.ranks().flat_map(|rank| data(call, rank, counts[rank.index()])).collect();
+                    let parts: Vec<Vec<u8>> =
+                        group.world.ranks().map(|rank| data(call, rank, counts[rank.index()])).collect();
+                    let expected = parts.concat();
                     let send = data(call, group.rank, counts[group.rank.index()]);
                     let mut recv = vec![0xee; expected.len()];
                     comm.all_gather(Slice::from(&send[..]), SliceMut::from(&mut recv[..]), &counts)

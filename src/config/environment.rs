@@ -88,7 +88,11 @@ fn parsed<T: FromStr>(
 ) -> Result<T, EnvironmentError> {
     let text = get(name);
     let value = text.as_deref().and_then(|text| text.parse().ok());
-    value.ok_or_else(|| EnvironmentError { name, expected, found: text.map_or_else(|| "nothing".to_owned(), |text| format!("{text:?}")) })
+    value.ok_or_else(|| EnvironmentError {
+        name,
+        expected,
+        found: text.map_or_else(|| "nothing".to_owned(), |text| format!("{text:?}")),
+    })
 }
 
 /// This host's name.

@@ -166,7 +166,7 @@ impl JobConfig {
         let text = std::fs::read(path).map_err(|error| failed(error.to_string()))?;
         let text = String::from_utf8(text).map_err(|error| failed(error.to_string()))?;
         let mut config: Self = toml::from_str(&text).map_err(|error| failed(error.to_string().trim().to_owned()))?;
-        let base = path.parent().unwrap_or(Path::new(""));
+        let base = path.parent().unwrap_or_else(|| Path::new(""));
         if let Some(directory) = &mut config.checkpoint.directory {
             *directory = base.join(&*directory);
         }
@@ -186,16 +186,15 @@ impl JobConfig {
     pub fn dtype_rule(&self) -> Result<DTypeRule, ConfigError> {
         match self.load.dtype.as_deref() {
             None | Some("auto") => Ok(DTypeRule::Keep),
-            Some(name) => name
-                .parse::<DType>()
-                .ok()
-                .filter(|dtype| dtype.is_weight_float())
-                .map(DTypeRule::Convert)
-                .ok_or_else(|| ConfigError::Value {
-                    key: "load.dtype",
-                    expected: "auto, float32, float16 or bfloat16",
-                    found: name.to_owned(),
-                }),
+            Some(name) => {
+                name.parse::<DType>().ok().filter(|dtype| dtype.is_weight_float()).map(DTypeRule::Convert).ok_or_else(
+                    || ConfigError::Value {
+                        key: "load.dtype",
+                        expected: "auto, float32, float16 or bfloat16",
+                        found: name.to_owned(),
+                    },
+                )
+            }
         }
     }
 
@@ -283,12 +282,14 @@ mod tests {
 
     #[test]
     fn unknown_keys_and_impossible_values_are_named() {
-        let unknown = toml::from_str::<JobConfig>("[load]\nstrategi = \"full\"\n").expect_err("unknown key").to_string();
+        let unknown =
+            toml::from_str::<JobConfig>("[load]\nstrategi = \"full\"\n").expect_err("unknown key").to_string();
         assert!(unknown.contains("strategi") && unknown.contains("line 2"), "{unknown}");
         let mut job = JobConfig::default();
         job.load.dtype = Some("int4".to_owned());
         assert!(job.dtype_rule().expect_err("no dtype").to_string().contains("load.dtype: expected auto, float32"));
-        job.quantization = QuantizationConfig { format: QuantizationFormat::Nf4, block: Some(100), ..Default::default() };
+        job.quantization =
+            QuantizationConfig { format: QuantizationFormat::Nf4, block: Some(100), ..Default::default() };
         assert!(job.quantization_rule().expect_err("no block").to_string().contains("found 100"));
         job.load.chunk_bytes = Some(1);
         assert!(job.chunking().is_err());

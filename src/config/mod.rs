@@ -6,8 +6,10 @@
 mod environment;
 mod job;
 
-pub use environment::{EnvironmentError, WorkerEnvironment, available_memory_bytes, host_name, runtime_directory, variable};
+pub use environment::{
+    EnvironmentError, WorkerEnvironment, available_memory_bytes, host_name, runtime_directory, variable,
+};
 pub use job::{
-    CheckpointConfig, ConfigError, JobConfig, JobSection, LoadConfig, ModelSection, QuantizationConfig, QuantizationFormat,
-    ResumePolicy,
+    CheckpointConfig, ConfigError, JobConfig, JobSection, LoadConfig, ModelSection, QuantizationConfig,
+    QuantizationFormat, ResumePolicy,
 };

@@ -102,21 +102,31 @@ impl Coordinator {
     /// [`CoordinatorError`] when the journal cannot be opened.
     pub fn start(config: CoordinatorConfig, tasks: &mut Tasks) -> Result<Self, CoordinatorError> {
         let journal = Journal::open(&config.state_directory)?;
-        let settings =
-            Settings {
-                world: config.plan.world,
-                after_load: config.after_load,
-                join_deadline: config.join_deadline,
-                resumed: config.resumed,
-            };
+        let settings = Settings {
+            world: config.plan.world,
+            after_load: config.after_load,
+            join_deadline: config.join_deadline,
+            resumed: config.resumed,
+        };
         let plan_bytes = config.plan.encode();
         let (events, queue) = mpsc::channel(QUEUE);
         let incarnation = format!("{:x}-{}", crate::clock::unix_ns(), std::process::id());
         let next_step = config.after_load.save.unwrap_or_default();
-        let (owner, views) = owner::Owner::new(settings, config, journal, LoadPlan::sha256(&plan_bytes), events.clone());
+        let (owner, views) =
+            owner::Owner::new(settings, config, journal, LoadPlan::sha256(&plan_bytes), events.clone());
         tasks.spawn("coordinator", owner.run(queue));
         let job = views.borrow().job.clone();
-        Ok(Self { shared: Arc::new(Shared { events, views, plan_bytes, job, incarnation, next_step, loads: Mutex::default() }) })
+        Ok(Self {
+            shared: Arc::new(Shared {
+                events,
+                views,
+                plan_bytes,
+                job,
+                incarnation,
+                next_step,
+                loads: Mutex::default(),
+            }),
+        })
     }
 
     /// Applies an event and waits for the answer.

@@ -54,8 +54,7 @@ impl Owner {
         };
         view.update(&membership, [0; 32]);
         let (views, seen) = watch::channel(view);
-        let effects =
-            EffectContext { plan: config.plan, journal, checkpoint_root: config.checkpoint_root };
+        let effects = EffectContext { plan: config.plan, journal, checkpoint_root: config.checkpoint_root };
         let secret = random_secret();
         let owner = Self { membership, effects: Arc::new(effects), events, views, secret, running: Tasks::new() };
         (owner, seen)

@@ -82,7 +82,7 @@ pub enum HubError {
         /// The directory or repository.
         place: String,
         /// Why.
-        source: FormatError,
+        source: Box<FormatError>,
     },
     /// Offline, and the cache does not have it.
     #[error(
@@ -236,6 +236,7 @@ impl Classify for HubError {
             Self::Index { source, .. } => source.kind(),
             Self::Status { status, .. } if *status >= 500 || matches!(status, 408 | 429) => Kind::Unavailable,
             Self::Status { .. } => Kind::Invalid,
+            Self::Unreachable { source, .. } if is_tls(source) => Kind::Invalid,
             Self::Unreachable { .. } | Self::BrokenOff { .. } => Kind::Unavailable,
             Self::Timeout { .. } | Self::Locked { .. } => Kind::Deadline,
             Self::Answer { .. } | Self::Size { .. } | Self::Digest { .. } => Kind::Corrupt,
@@ -245,5 +246,30 @@ impl Classify for HubError {
                 _ => Kind::Invalid,
             },
         }
+    }
+}
+
+/// Whether both sides met and could not agree on TLS, such as on a certificate; trying again changes nothing.
+fn is_tls(error: &ureq::Error) -> bool {
+    match error {
+        ureq::Error::Rustls(_) | ureq::Error::Tls(_) | ureq::Error::Pem(_) => true,
+        ureq::Error::Io(error) => error.get_ref().is_some_and(|inner| inner.is::<rustls::Error>()),
+        _ => false,
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    /// A certificate that is not trusted is not retried; a connection that was reset is.
+    #[test]
+    fn only_what_may_pass_is_retried() {
+        let kind = |source: ureq::Error| HubError::Unreachable { url: String::new(), source: Box::new(source) }.kind();
+        let certificate = rustls::Error::InvalidCertificate(rustls::CertificateError::UnknownIssuer);
+        assert_eq!(kind(io::Error::new(io::ErrorKind::InvalidData, certificate).into()), Kind::Invalid);
+        assert_eq!(kind(io::Error::from(io::ErrorKind::ConnectionReset).into()), Kind::Unavailable);
+        let full = io::Error::from(io::ErrorKind::StorageFull);
+        assert_eq!(HubError::io("write", Path::new("f"))(full).kind(), Kind::Exhausted);
     }
 }

@@ -14,6 +14,8 @@
 //! The crate hf-hub is not used. It gives up a lock after five seconds, appends a whole answer to a partial file when a
 //! server ignores the range, checks no size, sets no timeout and knows no offline mode; each would have to be replaced.
 
+#![expect(clippy::disallowed_methods, reason = "hub owns the files of the cache")]
+
 mod cache;
 mod config;
 mod download;

@@ -135,7 +135,8 @@ impl Encoder<'_> {
         for index in first..last {
             let source_row = encoding.source_row(index);
             self.files.read(&tensor.fqn, (*file, range.start() + source_row * row_bytes), blocks, self.meters)?;
-            timed(&self.meters.encode_ns, || crate::format::dequantize(encoding.ggml_type, blocks, &mut values)).map_err(decode_error)?;
+            timed(&self.meters.encode_ns, || crate::format::dequantize(encoding.ggml_type, blocks, &mut values))
+                .map_err(decode_error)?;
             scratch.extend(values.iter().flat_map(|value| value.to_le_bytes()));
         }
         debug_assert_eq!(as_u64(scratch.len()), span.elements.len() * 4, "whole rows of f32");

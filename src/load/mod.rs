@@ -26,5 +26,5 @@ mod tests;
 
 pub use error::LoadError;
 pub use report::{LoadReport, StageTimes, logical_digests};
-pub use scan::{ScanError, scan};
 pub use run::{Cancel, LoadOptions, load};
+pub use scan::{ScanError, scan};

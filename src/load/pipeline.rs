@@ -68,14 +68,14 @@ impl Pipeline {
                     }
                 }
             };
-            let thread = thread::Builder::new()
-                .name(format!("reader-{index}"))
-                .spawn_scoped(scope, work)
-                .map_err(|source| LoadError::Open(crate::store::StoreError::Io {
-                    operation: crate::store::Operation::Open,
-                    path: "a reader thread".to_owned(),
-                    source,
-                }))?;
+            let thread =
+                thread::Builder::new().name(format!("reader-{index}")).spawn_scoped(scope, work).map_err(|source| {
+                    LoadError::Open(crate::store::StoreError::Io {
+                        operation: crate::store::Operation::Open,
+                        path: "a reader thread".to_owned(),
+                        source,
+                    })
+                })?;
             threads.push(thread);
         }
         Ok(threads)

@@ -70,11 +70,8 @@ pub fn load(
     let mover = Mover { rank: options.rank, comm, state: &mut state, meters: &meters };
 
     thread::scope(|scope| {
-        let threads = if reads {
-            pipeline.start(scope, (plan, options.rank), encoder, &options.cancel)?
-        } else {
-            Vec::new()
-        };
+        let threads =
+            if reads { pipeline.start(scope, (plan, options.rank), encoder, &options.cancel)? } else { Vec::new() };
         let walked = walk(plan, options, &pipeline, mover);
         pipeline.close();
         for thread in threads {
@@ -136,7 +133,10 @@ fn moving_pieces(plan: &LoadPlan, route: &Route<'_>) -> Vec<Piece> {
     let components = route.tensor.components();
     let part = |piece: &Piece| components.get(piece.component).map(|component| component.part);
     let mut pieces = route.tensor.pieces(plan.chunking.chunk_bytes);
-    pieces.retain(|piece| !(stored && part(piece) == Some(Part::NestedOffset)) && !piece.range.is_empty());
+    pieces.retain(|piece| {
+        let in_plan = stored && part(piece) == Some(Part::NestedOffset);
+        !(in_plan || piece.range.is_empty())
+    });
     pieces
 }
 
@@ -159,7 +159,7 @@ fn send_encoded(
         if chunk.job.tensor != route.index {
             return Err(out_of_order(route));
         }
-        first_element.get_or_insert(span.elements.start());
+        first_element.get_or_insert_with(|| span.elements.start());
         let piece = Piece { component: 0, range: span.weight };
         if !piece.range.is_empty() {
             mover.deliver(route, piece, &mut chunk.encoded.weight)?;

@@ -10,9 +10,7 @@ use super::{Cancel, LoadOptions, load, scan};
 use crate::comm::{Communicator, mem};
 use crate::format::parse_index_json;
 use crate::model::Skeleton;
-use crate::plan::{
-    Chunking, DTypeRule, LoadPlan, LoadRequest, Part, Placement, QuantizationRule, Strategy, plan,
-};
+use crate::plan::{Chunking, DTypeRule, LoadPlan, LoadRequest, Part, Placement, QuantizationRule, Strategy, plan};
 use crate::quant::{BlockSize, FourBitCode, Kernels};
 use crate::state::StateDict;
 use crate::store::{LocalStore, Store, read_small};
@@ -163,8 +161,7 @@ fn nf4_equals_what_bitsandbytes_wrote() {
                 file.read_exact_at(entry.range.start(), &mut expected).expect("in the file");
                 let expected = if whole.part == Part::Absmax { transposed(&expected, &entry.shape) } else { expected };
                 let owners = if tensor.sharded { &states[..] } else { &states[..1] };
-                let found: Vec<u8> =
-                    owners.iter().flat_map(|state| state.owned(index, component)).copied().collect();
+                let found: Vec<u8> = owners.iter().flat_map(|state| state.owned(index, component)).copied().collect();
                 assert!(found == expected, "{name}");
                 compared += 1;
             }

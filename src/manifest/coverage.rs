@@ -119,7 +119,8 @@ impl Manifest {
         let mut next = 0;
         for chunk in &part.chunks {
             let name = || part.name.clone();
-            let file = usize::try_from(chunk.file).ok().and_then(|file| self.files.get(file).zip(by_file.get_mut(file)));
+            let file =
+                usize::try_from(chunk.file).ok().and_then(|file| self.files.get(file).zip(by_file.get_mut(file)));
             let file_bytes = file.as_ref().map_or(0, |(file, _)| file.bytes);
             match file {
                 Some((file, ranges)) if chunk.range.end() <= file.bytes => ranges.push(chunk.range),

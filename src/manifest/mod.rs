@@ -14,7 +14,9 @@ pub use coverage::CoverageError;
 pub use seal::{SealError, SealRequest, seal};
 
 use crate::plan::{Encoding, Part, Placement, f32Bits};
-use crate::types::{Attempt, ByteRange, DType, DigestTable, Fqn, Generation, Rank, Shape, Step, TensorDigest, WorldSize};
+use crate::types::{
+    Attempt, ByteRange, DType, DigestTable, Fqn, Generation, Rank, Shape, Step, TensorDigest, WorldSize,
+};
 
 /// The version of the format that this build writes.
 pub const MANIFEST_VERSION: u32 = 1;

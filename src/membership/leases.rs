@@ -29,11 +29,8 @@ impl Membership {
                 member.renewed = (member.renewed + since).min(now);
             }
         }
-        let silent = self
-            .members
-            .iter()
-            .flatten()
-            .find(|member| now.saturating_duration_since(member.renewed) > LEASE)?;
+        let silent =
+            self.members.iter().flatten().find(|member| now.saturating_duration_since(member.renewed) > LEASE)?;
         let seconds = now.saturating_duration_since(silent.renewed).as_secs_f64();
         Some(Cause {
             rank: Some(silent.info.rank),
@@ -54,8 +51,13 @@ impl Membership {
         if waited <= self.settings.join_deadline {
             return None;
         }
-        let absent: Vec<String> =
-            self.settings.world.ranks().filter(|rank| self.member(*rank).is_none()).map(|rank| rank.to_string()).collect();
+        let absent: Vec<String> = self
+            .settings
+            .world
+            .ranks()
+            .filter(|rank| self.member(*rank).is_none())
+            .map(|rank| rank.to_string())
+            .collect();
         Some(Cause {
             rank: None,
             message: format!("ranks {} have not joined within {:.0} s", absent.join(", "), waited.as_secs_f64()),

@@ -78,7 +78,9 @@ fn a_job_forms_loads_saves_and_finishes() {
     assert!(job.saved(0).expect("current").is_empty());
     assert!(job.saved(0).expect("a repeated receipt is the same receipt").is_empty());
     let effects = job.saved(1).expect("current");
-    assert!(matches!(&effects[..], [Effect::Commit { receipts, generation: Generation(8), .. }] if receipts.len() == 2));
+    assert!(
+        matches!(&effects[..], [Effect::Commit { receipts, generation: Generation(8), .. }] if receipts.len() == 2)
+    );
     job.apply(Event::Committed { directory: "step-000000000".to_owned() }).expect("no refusal");
     assert_eq!(job.membership.phase(), &Phase::Finished);
     assert_eq!(job.membership.last_checkpoint(), Some("step-000000000"));

@@ -1,8 +1,8 @@
 //! Making the plan: index, skeleton and rules in, [`LoadPlan`] out, or the reason why not.
 
 use super::{
-    Chunking, DTypeRule, Input, LoadPlan, MemoryBudget, PLAN_VERSION, Placement, QuantizationRule,
-    RankMemory, Strategy, TensorPlan,
+    Chunking, DTypeRule, Input, LoadPlan, MemoryBudget, PLAN_VERSION, Placement, QuantizationRule, RankMemory,
+    Strategy, TensorPlan,
 };
 use crate::error::{Classify, Kind};
 use crate::format::ModelIndex;
@@ -53,7 +53,9 @@ pub enum PlanError {
         budget_bytes: u64,
     },
     /// All ranks together would need more memory than the host has.
-    #[error("{world} ranks do not fit on this host: they need {needed_bytes} bytes together, and {budget_bytes} are available")]
+    #[error(
+        "{world} ranks do not fit on this host: they need {needed_bytes} bytes together, and {budget_bytes} are available"
+    )]
     HostDoesNotFit {
         /// The number of ranks.
         world: WorldSize,

@@ -70,9 +70,8 @@ impl Encoding {
     /// [`ShapeOverflow`] when sizes do not fit 64 bits.
     pub fn components(&self, shape: &Shape) -> Result<Vec<Component>, ShapeOverflow> {
         let elements = shape.elements()?;
-        let component = |part, dtype: DType, shape: Shape| {
-            Ok(Component { part, dtype, bytes: shape.bytes(dtype)?, shape })
-        };
+        let component =
+            |part, dtype: DType, shape: Shape| Ok(Component { part, dtype, bytes: shape.bytes(dtype)?, shape });
         match *self {
             Self::Plain { dtype } => Ok(vec![component(Part::Weight, dtype, shape.clone())?]),
             Self::FourBit { block, nested, .. } => {

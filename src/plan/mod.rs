@@ -21,9 +21,7 @@ pub(crate) use build::assemble;
 pub use build::{LoadRequest, PlanError, plan};
 pub use cut::Holding;
 pub use encoding::{Claim, Component, Encoding, NESTED_BLOCK, Part};
-pub use memory::{
-    ARENA_ALIGN_BYTES, MemoryBudget, PROCESS_OVERHEAD_BYTES, RankMemory, STAGING_BYTES, aligned,
-};
+pub use memory::{ARENA_ALIGN_BYTES, MemoryBudget, PROCESS_OVERHEAD_BYTES, RankMemory, STAGING_BYTES, aligned};
 pub use pieces::{Chunking, Piece, SourceSpan};
 pub use select::{DTypeRule, QuantizationRule};
 

@@ -70,9 +70,9 @@ pub(super) fn job_status(coordinator: &Coordinator, view: &View) -> v1::GetStatu
         done_bytes: rank.progress.done_bytes,
         total_bytes: rank.progress.total_bytes,
         peak_resident_bytes: rank.progress.peak_resident_bytes,
-        lease_age_ms: rank.renewed.map_or(0, |renewed| {
-            u64::try_from(now.saturating_duration_since(renewed).as_millis()).unwrap_or(u64::MAX)
-        }),
+        lease_age_ms: rank
+            .renewed
+            .map_or(0, |renewed| u64::try_from(now.saturating_duration_since(renewed).as_millis()).unwrap_or(u64::MAX)),
     };
     v1::GetStatusResponse {
         header: Some(header(coordinator, view)),

@@ -79,9 +79,8 @@ impl StateDict {
     /// The kept bytes of a component; empty when the rank keeps none.
     #[must_use]
     pub fn kept(&self, tensor: usize, component: usize) -> &[u8] {
-        self.placed(tensor, component).map_or(&[], |placed| {
-            self.host().get(placed.offset..placed.offset + placed.len()).unwrap_or_default()
-        })
+        self.placed(tensor, component)
+            .map_or(&[], |placed| self.host().get(placed.offset..placed.offset + placed.len()).unwrap_or_default())
     }
 
     /// The bytes of a component that the rank owns.
@@ -93,7 +92,8 @@ impl StateDict {
 
     /// The kept bytes of a component, to be filled.
     pub fn kept_mut(&mut self, tensor: usize, component: usize) -> &mut [u8] {
-        let Some(range) = self.placed(tensor, component).map(|placed| placed.offset..placed.offset + placed.len()) else {
+        let Some(range) = self.placed(tensor, component).map(|placed| placed.offset..placed.offset + placed.len())
+        else {
             return &mut [];
         };
         self.host_mut().get_mut(range).unwrap_or_default()

@@ -1,4 +1,5 @@
 //! The local file system as a store.
+#![expect(clippy::disallowed_methods, reason = "this is the module that touches files")]
 
 use std::fs::{self, File, OpenOptions};
 use std::io;
@@ -201,9 +202,7 @@ struct LocalNewFile {
 
 impl NewFile for LocalNewFile {
     fn write_all_at(&mut self, offset: u64, bytes: &[u8]) -> Result<(), StoreError> {
-        self.file
-            .write_all_at(bytes, offset)
-            .map_err(|source| StoreError::io(Operation::Write, &self.path, source))
+        self.file.write_all_at(bytes, offset).map_err(|source| StoreError::io(Operation::Write, &self.path, source))
     }
 
     fn finish(self: Box<Self>) -> Result<(), StoreError> {

@@ -36,9 +36,7 @@ impl Shape {
     /// # Errors
     /// [`ShapeOverflow`] when the product does not fit.
     pub fn bytes(&self, dtype: DType) -> Result<u64, ShapeOverflow> {
-        self.elements()?
-            .checked_mul(dtype.size_bytes())
-            .ok_or_else(|| ShapeOverflow { shape: self.clone() })
+        self.elements()?.checked_mul(dtype.size_bytes()).ok_or_else(|| ShapeOverflow { shape: self.clone() })
     }
 
     /// The size of dim 0; 1 for a scalar, which has a single row.

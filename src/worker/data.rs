@@ -145,7 +145,8 @@ impl DataThread {
             lost_peer: None,
         };
         let (plan, state) = self.held.as_ref().ok_or_else(|| internal("told to save before it has loaded"))?;
-        let root = self.checkpoint_root.as_ref().ok_or_else(|| internal("told to save without a checkpoint directory"))?;
+        let root =
+            self.checkpoint_root.as_ref().ok_or_else(|| internal("told to save without a checkpoint directory"))?;
         let store = LocalStore::new(root);
         let total = crate::checkpoint::data_bytes(plan, state);
         self.watched.done_bytes.store(0, Ordering::Relaxed);

@@ -232,7 +232,10 @@ impl Session {
                 let request_id = format!("drain-{}-{:x}", config.rank, crate::clock::unix_ns());
                 let Ok(message) = request(&config.token, v1::DrainRequest { request_id, save }) else { continue };
                 if let Err(status) = clients.job.drain(message).await {
-                    tracing::warn!(reason = describe_status(&status), "the coordinator did not take the request to end");
+                    tracing::warn!(
+                        reason = describe_status(&status),
+                        "the coordinator did not take the request to end"
+                    );
                 }
             }
         });
@@ -370,8 +373,7 @@ impl Session {
                 let receipt_json = serde_json::to_string(&receipt).unwrap_or_default();
                 let attempt = self.saving.map_or(0, |(_, attempt)| attempt);
                 let step = step.0;
-                let message =
-                    v1::ReportSavedRequest { request_id, member_id, generation, step, attempt, receipt_json };
+                let message = v1::ReportSavedRequest { request_id, member_id, generation, step, attempt, receipt_json };
                 let message = request(&self.config.token, message)?;
                 self.clients.worker.report_saved(message).await.map_err(refused("report its shard"))?;
             }

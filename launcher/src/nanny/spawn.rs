@@ -29,8 +29,8 @@ pub(crate) fn spawn(program: &OsString, arguments: &[OsString]) -> std::io::Resu
     };
     let mut command = Command::new(program);
     command.args(arguments).stdin(Stdio::null());
-    // SAFETY: between fork and exec only async-signal-safe functions may run. The hook makes five system calls (sigprocmask,
-    // setsid, prctl, getppid and, in case of an error, none more), takes no lock and allocates nothing; the process that
+    // SAFETY: between fork and exec only async-signal-safe functions may run. The hook makes four system calls (sigprocmask,
+    // setsid, prctl, getppid), takes no lock and allocates nothing; the process that
     // forks has one thread (NY-1), so no lock can be held by another.
     // JUSTIFICATION: posix_spawn has no attribute for the parent-death signal.
     unsafe { command.pre_exec(prepare) };

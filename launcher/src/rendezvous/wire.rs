@@ -7,7 +7,7 @@
 //!   left out or reflected is an error. Bodies are not secret; they hold nothing that is.
 //! - RV-2: the first frame is small and must come soon, so that a stranger cannot hold memory or a connection.
 
-use hmac::{Hmac, Mac};
+use hmac::{Hmac, KeyInit as _, Mac};
 use serde::Serialize;
 use serde::de::DeserializeOwned;
 use sha2::Sha256;

@@ -79,9 +79,11 @@ impl Server {
                 }
                 let (stream, shared) = (stream.expect("a connection"), Arc::clone(&accepting));
                 // A client that goes away is no failure of the server.
-                connections.push(thread::spawn(move || drop(shared.serve(stream))));
+                connections.push(thread::spawn(move || shared.serve(stream)));
             }
-            connections.into_iter().for_each(|connection| connection.join().expect("no panic in the server"));
+            for connection in connections {
+                connection.join().expect("no panic in the server");
+            }
         });
         Self { address, shared, thread: Some(thread) }
     }
@@ -152,7 +154,7 @@ impl Shared {
             let names = behaviour.files.keys().map(|name| format!(r#"{{"rfilename":"{name}"}}"#));
             let names = names.collect::<Vec<_>>().join(",");
             let sha = behaviour.sha.unwrap_or(COMMIT);
-            let json = format!(r#"{{"sha":"{sha}","siblings":[{names}]}}"#);
+            let json = format!(r#"{{"id":"org/name","sha":"{sha}","siblings":[{names}]}}"#);
             return reply(&mut stream, 200, &[], json.as_bytes());
         }
         if let Some(name) = request.path.strip_prefix("/store/") {

@@ -13,6 +13,7 @@ use super::Kernels;
 use crate::types::as_usize;
 
 /// A file of the test data.
+#[expect(clippy::disallowed_methods, reason = "a test reads its data")]
 fn data(path: &str) -> Vec<u8> {
     let path = format!("{}/tests/data/{path}", env!("CARGO_MANIFEST_DIR"));
     std::fs::read(&path).unwrap_or_else(|error| panic!("{path}: {error}"))

@@ -1,0 +1,11 @@
+# The checks of CI.
+check:
+    bash .ci/run
+
+# The main job on a small real model.
+demo:
+    cargo run --release -- demo
+
+# Generate the gRPC code again after a change of the contract.
+proto:
+    WEIGHTCAST_UPDATE_PROTO=1 cargo test -p weightcast-proto
