@@ -91,18 +91,36 @@ impl LaunchJobError {
     }
 }
 
-/// Runs the job to its end. `notes` gets what the launcher has to say to people.
+/// Who is told of what happens while a job runs.
+pub struct Audience {
+    /// Gets what the launcher has to say to people.
+    pub note: fn(&str),
+    /// Gets every snapshot of the job.
+    pub view: Box<dyn FnMut(&View) + Send>,
+}
+
+impl std::fmt::Debug for Audience {
+    fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
+        f.write_str("Audience")
+    }
+}
+
+/// Runs the job to its end.
 ///
 /// # Errors
 /// [`LaunchJobError`] when it cannot be started; a job that fails later is a [`Launched`] with its report.
-pub async fn launch(job: LaunchJob, notes: fn(&str)) -> Result<Launched, LaunchJobError> {
+pub async fn launch(job: LaunchJob, audience: Audience) -> Result<Launched, LaunchJobError> {
     let directory = RunFile::directory()?;
-    let result = launch_in(job, &directory, notes).await;
+    let result = launch_in(job, &directory, audience).await;
     RunFile::remove(&directory);
     result
 }
 
-async fn launch_in(job: LaunchJob, directory: &std::path::Path, notes: fn(&str)) -> Result<Launched, LaunchJobError> {
+async fn launch_in(
+    job: LaunchJob,
+    directory: &std::path::Path,
+    audience: Audience,
+) -> Result<Launched, LaunchJobError> {
     let LaunchJob { config, prepared, args } = job;
     let environment = Environment::of_this_process();
     let name = config.job.name.clone().unwrap_or_else(|| prepared.plan.model.clone());
@@ -126,6 +144,12 @@ async fn launch_in(job: LaunchJob, directory: &std::path::Path, notes: fn(&str))
     )?;
     let any_port = SocketAddr::new(IpAddr::V4(Ipv4Addr::LOCALHOST), 0);
     let served = serve(coordinator.clone(), token.clone(), any_port, &mut tasks).await?;
+    let (mut views, mut show) = (coordinator.views(), audience.view);
+    tasks.spawn("audience", async move {
+        while views.changed().await.is_ok() {
+            show(&views.borrow_and_update());
+        }
+    });
     let run_file = RunFile {
         job: name,
         coordinator: served.address.to_string(),
@@ -136,7 +160,7 @@ async fn launch_in(job: LaunchJob, directory: &std::path::Path, notes: fn(&str))
 
     let command = worker_command(&run_file, config.checkpoint.directory.as_ref());
     let mut launch = Launch::with_command(&args, &environment, command)?;
-    launch.on_event = Some(event_sink(coordinator.clone(), notes));
+    launch.on_event = Some(event_sink(coordinator.clone(), audience.note));
     let (stopper, stop) = stop_channel();
     let report = tokio::select! {
         report = run(launch, stop) => report?,

@@ -9,7 +9,7 @@ mod prepare;
 mod running;
 mod source;
 
-pub use launch::{LaunchJob, LaunchJobError, Launched, launch};
+pub use launch::{Audience, LaunchJob, LaunchJobError, Launched, launch};
 pub use new_model::{NewModelError, new_model};
 pub use prepare::{PrepareError, Prepared, prepare, prepare_with};
 pub use running::{RunFile, RunFileError};

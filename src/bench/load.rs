@@ -8,6 +8,7 @@ use super::{BenchError, Figure, GIGA, float, limits, median_s, timed};
 use crate::app::{new_model, open_model};
 use crate::load::LoadReport;
 use crate::model::{Architecture, GenerateRequest};
+use crate::plan::Strategy;
 use crate::quant::{BlockSize, FourBit, FourBitCode, Kernels, Source};
 use crate::store::LocalStore;
 use crate::types::DType;
@@ -26,6 +27,8 @@ pub struct LoadBench {
     pub ranks: u32,
     /// Threads of the reader.
     pub reader_threads: u32,
+    /// Which ranks read.
+    pub strategy: Strategy,
 }
 
 /// Times of an NF4 load with double quantization from the page cache, and of its stages alone with as many threads.
@@ -64,9 +67,10 @@ pub fn load(bench: &LoadBench) -> Result<Vec<Figure>, BenchError> {
     walls.sort_by(f64::total_cmp);
     let wall = walls.get(walls.len() / 2).copied().unwrap_or(f64::NAN);
     let (slowest, name) = if read > quantize { (read, "reading alone") } else { (quantize, "quantizing alone") };
+    let moved = traffic(&last, bytes);
     let stages = |stage: fn(&LoadReport) -> f64| last.iter().map(stage).sum::<f64>();
     let limit = (slowest, name);
-    Ok(vec![
+    let mut figures = vec![
         Figure::new("load: read", read, "s", (read, "itself")),
         Figure::new("load: quantize", quantize, "s", (quantize, "itself")),
         Figure::new(format!("load on {} ranks", bench.ranks), wall, "s", limit),
@@ -75,7 +79,45 @@ pub fn load(bench: &LoadBench) -> Result<Vec<Figure>, BenchError> {
         Figure::new("reader threads in read", stages(|report| report.stages.read_s), "s", limit),
         Figure::new("reader threads in encode", stages(|report| report.stages.encode_s), "s", limit),
         Figure::new("ranks in exchange", stages(|report| report.stages.exchange_s), "s", limit),
-    ])
+    ];
+    figures.extend(moved);
+    Ok(figures)
+}
+
+/// Bytes read, sent and kept in memory, beside what must be.
+fn traffic(reports: &[LoadReport], weights: u64) -> Vec<Figure> {
+    const MIB: f64 = 1_048_576.0;
+    let sum = |figure: fn(&LoadReport) -> u64| float(reports.iter().map(figure).sum());
+    let mut figures = vec![
+        Figure::new(
+            "storage bytes of all ranks",
+            sum(|report| report.storage_bytes),
+            "bytes",
+            (float(weights), "the weights"),
+        ),
+        Figure::new(
+            "payload received",
+            sum(|report| report.received_bytes),
+            "bytes",
+            (
+                float(
+                    reports.iter().filter(|report| report.storage_bytes == 0).map(|report| report.weights_bytes).sum(),
+                ),
+                "what ranks that do not read keep",
+            ),
+        ),
+    ];
+    for (name, reads) in [("peak of a rank that reads", true), ("peak of a rank that does not", false)] {
+        let largest = reports
+            .iter()
+            .filter(|report| (report.storage_bytes > 0) == reads)
+            .max_by_key(|report| report.peak_resident_bytes);
+        if let Some(report) = largest {
+            let limit = (float(report.weights_bytes) / MIB, "its shards");
+            figures.push(Figure::new(name, float(report.peak_resident_bytes) / MIB, "MiB", limit));
+        }
+    }
+    figures
 }
 
 fn job(bench: &LoadBench) -> Result<Vec<LoadReport>, BenchError> {
@@ -85,7 +127,7 @@ fn job(bench: &LoadBench) -> Result<Vec<LoadReport>, BenchError> {
     }
     let output = Command::new("/proc/self/exe")
         .args(["launch", "--nproc-per-node", &bench.ranks.to_string(), "--quantize", "nf4", "--double", "--json"])
-        .args(["--reader-threads", &bench.reader_threads.to_string(), "--model"])
+        .args(["--reader-threads", &bench.reader_threads.to_string(), "--strategy", bench.strategy.name(), "--model"])
         .arg(&bench.directory)
         .stdin(Stdio::null())
         .stderr(Stdio::inherit())

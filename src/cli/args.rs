@@ -86,6 +86,9 @@ pub enum BenchCommand {
         /// Threads of the reader
         #[arg(long, default_value_t = 2, value_parser = clap::value_parser!(u32).range(1..=64))]
         reader_threads: u32,
+        /// Which ranks read: low-memory (rank 0), striped, full
+        #[arg(long, value_parser = parse_strategy, default_value = "low-memory")]
+        strategy: Strategy,
     },
     /// Quantizing on one core
     Quantize,

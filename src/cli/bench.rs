@@ -12,13 +12,14 @@ pub(super) fn run(command: &BenchCommand, as_json: bool) -> u8 {
         BenchCommand::Quantize => quantize(),
         BenchCommand::Collective { ranks } => collective(world(*ranks)),
         BenchCommand::Checkpoint { directory, ranks, mib } => checkpoint(directory, world(*ranks), mib << 20),
-        BenchCommand::Load { directory, params, ranks, reader_threads } => {
+        BenchCommand::Load { directory, params, ranks, reader_threads, strategy } => {
             let parameters = match parse_parameters(params) {
                 Ok(parameters) => parameters,
                 Err(error) => return fail(&error),
             };
-            let (directory, ranks, reader_threads) = (directory.clone(), *ranks, *reader_threads);
-            load(&LoadBench { directory, parameters, ranks, reader_threads })
+            let (directory, ranks) = (directory.clone(), *ranks);
+            let (reader_threads, strategy) = (*reader_threads, *strategy);
+            load(&LoadBench { directory, parameters, ranks, reader_threads, strategy })
         }
     };
     match figures {

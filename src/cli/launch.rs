@@ -5,7 +5,8 @@ use weightcast_launcher::{Environment, Event, EventSink, Launch, LaunchArgs, run
 
 use super::args::LaunchFlags;
 use super::output::{bytes, fail, fail_with, json, say};
-use crate::app::{LaunchJob, Launched, launch, prepare};
+use super::progress::ProgressLine;
+use crate::app::{Audience, LaunchJob, Launched, launch, prepare};
 use crate::config::JobConfig;
 use crate::membership::Phase;
 use crate::types::WorldSize;
@@ -62,7 +63,10 @@ fn run_job(config: JobConfig, args: LaunchArgs, as_json: bool) -> u8 {
         Err(error) => return fail_with(&error, 70),
     };
     let job = LaunchJob { config, prepared, args };
-    match runtime.block_on(launch(job, |note| say(&format!("[launcher] {note}")))) {
+    let mut line = ProgressLine::new();
+    let audience =
+        Audience { note: |note| say(&format!("[launcher] {note}")), view: Box::new(move |view| line.show(view)) };
+    match runtime.block_on(launch(job, audience)) {
         Ok(launched) => finish(&launched, as_json),
         Err(error) => fail_with(&error, error.exit_code()),
     }

@@ -12,6 +12,7 @@ mod launch;
 mod model;
 mod output;
 mod plan;
+mod progress;
 mod worker;
 
 pub use args::Arguments;

@@ -1,3 +1,5 @@
+//! The GGUF parser on made and mutated headers, and on what llama.cpp wrote.
+
 use proptest::prelude::*;
 
 use super::*;

@@ -44,6 +44,18 @@ pub enum Strategy {
     Striped,
 }
 
+impl Strategy {
+    /// The name in job files and flags.
+    #[must_use]
+    pub const fn name(self) -> &'static str {
+        match self {
+            Self::LowMemory => "low-memory",
+            Self::Full => "full",
+            Self::Striped => "striped",
+        }
+    }
+}
+
 /// What each rank keeps.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Serialize, Deserialize)]
 #[serde(rename_all = "kebab-case")]

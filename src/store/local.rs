@@ -62,7 +62,7 @@ impl Store for LocalStore {
             .open(&path)
             .map_err(|source| StoreError::io(Operation::Create, &path, source))?;
         reserve(&file, &path, len_bytes)?;
-        Ok(Box::new(LocalNewFile { file, path }))
+        Ok(Box::new(LocalNewFile { file, path, pending_start: 0, pending_end: 0 }))
     }
 
     fn create_dir(&self, name: &str) -> Result<(), StoreError> {
@@ -194,15 +194,40 @@ impl ReadAt for LocalFile {
     }
 }
 
+/// After this many bytes the kernel is asked to start writing: a checkpoint then goes to the disk while it is digested,
+/// instead of all at once in the final sync.
+const WRITEBACK_BYTES: u64 = 16 << 20;
+
 #[derive(Debug)]
 struct LocalNewFile {
     file: File,
     path: PathBuf,
+    /// Bytes from `pending_start` to `pending_end` were written and the kernel was not told yet.
+    pending_start: u64,
+    pending_end: u64,
+}
+
+impl LocalNewFile {
+    /// Starts the writing of what was written in order. It is a hint: where it fails, the sync does all.
+    fn start_writeback(&mut self, offset: u64, len: u64) {
+        if offset != self.pending_end {
+            (self.pending_start, self.pending_end) = (offset, offset);
+        }
+        self.pending_end += len;
+        let pending = std::num::NonZeroU64::new(self.pending_end - self.pending_start);
+        if let Some(pending) = pending.filter(|pending| pending.get() >= WRITEBACK_BYTES) {
+            // On Linux this advice writes dirty pages of the range without waiting for them.
+            let _ = rustix::fs::fadvise(&self.file, self.pending_start, Some(pending), rustix::fs::Advice::DontNeed);
+            self.pending_start = self.pending_end;
+        }
+    }
 }
 
 impl NewFile for LocalNewFile {
     fn write_all_at(&mut self, offset: u64, bytes: &[u8]) -> Result<(), StoreError> {
-        self.file.write_all_at(bytes, offset).map_err(|source| StoreError::io(Operation::Write, &self.path, source))
+        self.file.write_all_at(bytes, offset).map_err(|source| StoreError::io(Operation::Write, &self.path, source))?;
+        self.start_writeback(offset, as_u64(bytes.len()));
+        Ok(())
     }
 
     fn finish(self: Box<Self>) -> Result<(), StoreError> {

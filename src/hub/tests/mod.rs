@@ -1,3 +1,5 @@
+//! The hub against a loopback server that plays it, with its failures.
+
 use std::cell::RefCell;
 use std::fs;
 use std::net::{Ipv4Addr, TcpListener, TcpStream};
