@@ -240,6 +240,7 @@ fn damage_is_named() {
     let middle = flipped.len() / 2;
     flipped[middle] ^= 4;
     std::fs::write(&shard, &flipped).expect("writable");
+    // What happened: rank 0, which only heard of it, was named as the root cause when it ended first.
     check("is damaged");
     std::fs::write(&shard, &good[..good.len() - 1]).expect("writable");
     check("expected");

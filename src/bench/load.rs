@@ -142,7 +142,7 @@ fn job(bench: &LoadBench) -> Result<Vec<LoadReport>, BenchError> {
 
 /// Quantizing `values` values in cache-sized chunks on `threads` threads, with nothing read or sent.
 fn quantize_alone(values: u64, threads: u64) -> Result<Duration, BenchError> {
-    const CHUNK_VALUES: u64 = 1 << 19;
+    const CHUNK_VALUES: u64 = 1 << 17;
     let kernels = Kernels::detect();
     let format = FourBit { code: FourBitCode::Nf4, block: BlockSize::B64 };
     let chunks = values / CHUNK_VALUES / threads;

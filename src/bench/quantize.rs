@@ -4,10 +4,10 @@ use super::{BenchError, Figure, GIGA, float, limits, median_s, timed};
 use crate::quant::{BlockSize, FourBit, FourBitCode, Kernels, Source};
 use crate::types::{DType, as_u64};
 
-/// Values of one chunk: 1 MiB of bf16, as the loader takes them.
-const CHUNK_VALUES: usize = 1 << 19;
+/// Values of one chunk: 256 KiB of bf16, as the loader takes them.
+const CHUNK_VALUES: usize = 1 << 17;
 /// Chunks of one run.
-const CHUNKS: usize = 64;
+const CHUNKS: usize = 256;
 const RUNS: usize = 7;
 
 /// G values/s of one core for NF4, FP4 and int8 from bf16, against a copy of the source.

@@ -108,7 +108,11 @@ fn check(directory: &Path, step: Option<u64>, deep: bool) -> Result<(), Checkpoi
         checkpoint.directory,
         verified.tensors,
         verified.files,
-        if deep { format!(", {} read and verified", bytes(verified.bytes)) } else { String::new() }
+        if deep {
+            format!(", {} read and verified", bytes(verified.bytes))
+        } else {
+            " (manifest, lengths and tables; --deep reads every byte)".to_owned()
+        }
     ));
     Ok(())
 }

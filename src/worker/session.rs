@@ -23,6 +23,9 @@ use crate::types::{Generation, Step};
 
 /// After a failure of its own a rank waits this long for the coordinator to name the cause, which may be another rank.
 const CAUSE_DEADLINE: Duration = Duration::from_secs(2);
+/// A rank that ends because of another one lets it end first: the launcher takes the first process that fails for the
+/// root cause.
+const CULPRIT_FIRST: Duration = Duration::from_millis(200);
 /// Between tries to reach the coordinator.
 const RETRY_DELAY: Duration = Duration::from_millis(200);
 
@@ -305,7 +308,13 @@ impl Session {
                 }
             }
             v1::Phase::Finished => return Ok(true),
-            v1::Phase::Aborted => return Err(aborted(snapshot)),
+            v1::Phase::Aborted => {
+                let culprit = snapshot.cause.as_ref().and_then(|cause| cause.rank);
+                if culprit.is_some_and(|rank| rank != self.config.rank.0) {
+                    tokio::time::sleep(CULPRIT_FIRST).await;
+                }
+                return Err(aborted(snapshot));
+            }
             _ => {}
         }
         Ok(false)

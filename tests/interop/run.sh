@@ -26,7 +26,9 @@ install() {
     timeout 1200 "${pip[@]}" "${packages[@]}"
   else
     timeout 900 "${pip[@]}" --no-deps "${packages[@]}"
-    timeout 300 "$environment/bin/python" "$here/stub_cuda.py" "$("$environment/bin/python" -c 'import sysconfig; print(sysconfig.get_path("platlib"))')"
+    local site
+    site=$("$environment/bin/python" -c 'import sysconfig; print(sysconfig.get_path("platlib"))')
+    timeout 300 "$environment/bin/python" "$here/stub_cuda.py" "$site"
   fi
   touch "$stamp"
 }

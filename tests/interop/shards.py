@@ -8,11 +8,6 @@ import pathlib
 import struct
 import subprocess
 
-from safetensors import deserialize
-
-# Bytes of an element, by the name that safetensors gives its type.
-SIZES = {"BF16": 2, "F16": 2, "F32": 4, "U8": 1, "I8": 1}
-
 
 class Tensor:
     """A whole tensor: safetensors' name of its type, its shape, its bytes."""
@@ -23,6 +18,8 @@ class Tensor:
 
 def read_file(path):
     """Every tensor of one safetensors file, and its `__metadata__`."""
+    from safetensors import deserialize  # Here, so that what needs only digests runs without it.
+
     raw = pathlib.Path(path).read_bytes()
     (length,) = struct.unpack_from("<Q", raw)
     metadata = json.loads(raw[8 : 8 + length]).get("__metadata__", {})
