@@ -11,6 +11,12 @@ use crate::plan::{LoadPlan, LoadRequest, PlanError, Strategy, plan};
 use crate::store::LocalStore;
 use crate::types::{Step, WorldSize};
 
+/// Bytes that a resume reads at once. Nothing is encoded, so the cache does not matter, and every piece reads whole digest
+/// blocks at its two ends: with pieces of 256 KiB a resume read 1.045 to 1.064 of what it needs.
+const RESUME_CHUNK_BYTES: u64 = 2 << 20;
+/// Pieces that may wait: 16 MiB, as in a load.
+const RESUME_QUEUE_CHUNKS: u32 = 8;
+
 /// A job that can be started.
 #[derive(Debug)]
 pub struct Prepared {
@@ -144,7 +150,11 @@ fn resume(
 ) -> Result<Prepared, PrepareError> {
     let root = config.checkpoint.directory.as_deref().unwrap_or_else(|| Path::new(""));
     // From a checkpoint each rank reads its own bytes: they are packed already, so nobody has work to share.
-    let request = request(config, world, root, Strategy::Full)?;
+    let mut request = request(config, world, root, Strategy::Full)?;
+    if config.load.chunk_bytes.is_none() {
+        request.chunking.chunk_bytes = RESUME_CHUNK_BYTES;
+        request.chunking.queue_chunks = RESUME_QUEUE_CHUNKS;
+    }
     let plan = plan_resume(request, checkpoint)?;
     let resumed_from = Some(checkpoint.directory.clone());
     Ok(Prepared { plan, resumed_from, skipped, step: checkpoint.manifest.step })

@@ -44,7 +44,7 @@ fn run_job(config: JobConfig, args: LaunchArgs, as_json: bool) -> u8 {
         Err(error) => return fail_with(&error, error.exit_code()),
     };
     if layout.nnodes > 1 {
-        say("error: a job file runs on one node; for several start `weightcast coordinator` and a worker per rank");
+        say("error: --nnodes: expected 1, because a job runs on one node so far; other programs run on several");
         return super::EXIT_USAGE;
     }
     let world = match WorldSize::new(layout.world_size) {
