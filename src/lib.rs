@@ -13,6 +13,7 @@ pub mod config;
 pub mod coordinator;
 pub mod device;
 pub mod error;
+pub mod faults;
 pub mod format;
 pub mod hub;
 pub mod load;

@@ -3,7 +3,7 @@
 use std::collections::BTreeMap;
 use std::ffi::OsString;
 use std::net::{IpAddr, Ipv4Addr, SocketAddr};
-use std::path::PathBuf;
+use std::path::{Path, PathBuf};
 use std::time::Duration;
 
 use weightcast_launcher::{
@@ -14,16 +14,16 @@ use weightcast_launcher::{
 use super::prepare::Prepared;
 use super::running::{RunFile, RunFileError};
 use crate::config::JobConfig;
-use crate::coordinator::{Coordinator, CoordinatorConfig, CoordinatorError, View};
+use crate::coordinator::{Coordinator, CoordinatorConfig, CoordinatorError, JobRecord, Journal, JournalError, View};
 use crate::error::{Classify, Kind};
 use crate::load::{LoadReport, logical_digests};
 use crate::membership::AfterLoad;
-use crate::rpc::{ServeError, Token, TokenError, serve};
+use crate::rpc::{Listener, ServeError, Token, TokenError, serve};
 use crate::tasks::Tasks;
 use crate::types::{Fqn, JobId, Rank, TensorDigest};
 
 /// Ranks of one host join within seconds; a scheduler may take minutes to place the last one.
-const JOIN_DEADLINE: Duration = Duration::from_secs(600);
+pub(super) const JOIN_DEADLINE: Duration = Duration::from_secs(600);
 
 /// A job to launch on this host.
 #[derive(Debug)]
@@ -59,6 +59,9 @@ pub enum LaunchJobError {
     /// The coordinator.
     #[error(transparent)]
     Coordinator(#[from] CoordinatorError),
+    /// Its journal.
+    #[error(transparent)]
+    Journal(#[from] JournalError),
     /// The token.
     #[error(transparent)]
     Token(#[from] TokenError),
@@ -83,6 +86,7 @@ impl LaunchJobError {
         match self {
             Self::Launch(source) => source.exit_code(),
             Self::Coordinator(source) => source.kind().exit_code(),
+            Self::Journal(source) => source.kind().exit_code(),
             Self::Token(source) => source.kind().exit_code(),
             Self::Serve(source) => source.kind().exit_code(),
             Self::RunFile(source) => source.kind().exit_code(),
@@ -116,34 +120,22 @@ pub async fn launch(job: LaunchJob, audience: Audience) -> Result<Launched, Laun
     result
 }
 
-async fn launch_in(
-    job: LaunchJob,
-    directory: &std::path::Path,
-    audience: Audience,
-) -> Result<Launched, LaunchJobError> {
+async fn launch_in(job: LaunchJob, directory: &Path, audience: Audience) -> Result<Launched, LaunchJobError> {
     let LaunchJob { config, prepared, args } = job;
     let environment = Environment::of_this_process();
-    let name = config.job.name.clone().unwrap_or_else(|| prepared.plan.model.clone());
     let token = Token::create(directory)?;
-    let plan = prepared.plan.clone();
+    let journal = Journal::open(&directory.join("coordinator"))?;
+    let listener = Listener::bind(SocketAddr::new(IpAddr::V4(Ipv4Addr::LOCALHOST), 0)).await?;
+    let address = listener.address();
+    let record = job_record(&config, prepared, address);
+    let (name, plan) = (record.job.to_string(), record.plan.clone());
     let mut tasks = Tasks::new();
     let coordinator = Coordinator::start(
-        CoordinatorConfig {
-            job: JobId::from(name.clone()),
-            after_load: AfterLoad {
-                save: (config.checkpoint.save && prepared.resumed_from.is_none()).then_some(prepared.step),
-                then: config.exit_policy(),
-            },
-            join_deadline: JOIN_DEADLINE,
-            state_directory: directory.join("coordinator"),
-            resumed: prepared.resumed_from.is_some(),
-            checkpoint_root: config.checkpoint.directory.clone(),
-            plan: prepared.plan,
-        },
+        CoordinatorConfig { record, join_deadline: JOIN_DEADLINE, journal, is_restartable: false, left: None },
         &mut tasks,
     )?;
-    let any_port = SocketAddr::new(IpAddr::V4(Ipv4Addr::LOCALHOST), 0);
-    let served = serve(coordinator.clone(), token.clone(), any_port, &mut tasks).await?;
+    serve(coordinator.clone(), token.clone(), listener, &mut tasks);
+    crate::faults::point("launcher.serves");
     let (mut views, mut show) = (coordinator.views(), audience.view);
     tasks.spawn("audience", async move {
         while views.changed().await.is_ok() {
@@ -152,13 +144,13 @@ async fn launch_in(
     });
     let run_file = RunFile {
         job: name,
-        coordinator: served.address.to_string(),
+        coordinator: address.to_string(),
         token_file: token.path().to_owned(),
         process_id: std::process::id(),
     };
     run_file.write(directory)?;
 
-    let command = worker_command(&run_file, config.checkpoint.directory.as_ref());
+    let command = worker_command(&run_file.coordinator, &run_file.token_file, None);
     let mut launch = Launch::with_command(&args, &environment, command)?;
     launch.on_event = Some(event_sink(coordinator.clone(), audience.note));
     let (stopper, stop) = stop_channel();
@@ -173,14 +165,30 @@ async fn launch_in(
     Ok(Launched { report, view, loads, digests })
 }
 
+/// The job of a configuration and its plan, whose coordinator listens at `listens`.
+pub(super) fn job_record(config: &JobConfig, prepared: Prepared, listens: SocketAddr) -> JobRecord {
+    let name = config.job.name.clone().unwrap_or_else(|| prepared.plan.model.clone());
+    let absolute = |root: &PathBuf| std::path::absolute(root).unwrap_or_else(|_| root.clone());
+    JobRecord {
+        job: JobId::from(name),
+        after_load: AfterLoad {
+            save: (config.checkpoint.save && prepared.resumed_from.is_none()).then_some(prepared.step),
+            then: config.exit_policy(),
+        },
+        resumed: prepared.resumed_from.is_some(),
+        checkpoint_root: config.checkpoint.directory.as_ref().map(absolute),
+        plan: prepared.plan,
+        listens,
+    }
+}
+
 /// What every rank runs: this program, as a worker.
-fn worker_command(run: &RunFile, checkpoint_root: Option<&PathBuf>) -> RankCommand {
+pub(super) fn worker_command(coordinator: &str, token_file: &Path, checkpoint_root: Option<&Path>) -> RankCommand {
     let mut environment: Vec<(OsString, OsString)> = vec![
-        ("WEIGHTCAST_COORDINATOR".into(), run.coordinator.clone().into()),
-        ("WEIGHTCAST_TOKEN_FILE".into(), run.token_file.clone().into()),
+        ("WEIGHTCAST_COORDINATOR".into(), coordinator.into()),
+        ("WEIGHTCAST_TOKEN_FILE".into(), token_file.into()),
     ];
     if let Some(root) = checkpoint_root {
-        let root = std::path::absolute(root).unwrap_or_else(|_| root.clone());
         environment.push(("WEIGHTCAST_CHECKPOINT_DIRECTORY".into(), root.into()));
     }
     RankCommand { program: "/proc/self/exe".into(), args: vec!["worker".into()], environment }
@@ -189,9 +197,13 @@ fn worker_command(run: &RunFile, checkpoint_root: Option<&PathBuf>) -> RankComma
 /// Tells the coordinator of ranks that ended with failure, within milliseconds.
 fn event_sink(coordinator: Coordinator, notes: fn(&str)) -> EventSink {
     EventSink::new(move |event| match event {
-        LaunchEvent::RankExited { rank, end, .. } if !end.is_success() => {
-            coordinator.process_ended(Rank(rank), end.to_string(), end.exit_code());
+        LaunchEvent::RankExited { rank, end, .. } => {
+            crate::faults::point("launcher.rank-exited");
+            if !end.is_success() {
+                coordinator.process_ended(Rank(rank), end.to_string(), end.exit_code());
+            }
         }
+        LaunchEvent::RankStarted { .. } => crate::faults::point("launcher.rank-started"),
         LaunchEvent::Note { text } => notes(&text),
         _ => {}
     })

@@ -139,7 +139,7 @@ fn fresh(config: &JobConfig, world: WorldSize, progress: &dyn Fn(Progress<'_>)) 
     let mut request = request(config, world, &source.root, Strategy::LowMemory)?;
     request.config_json = source.config_json;
     let plan = plan(request, &source.index, &source.skeleton, &source.binding)?;
-    Ok(Prepared { plan, resumed_from: None, skipped: Vec::new(), step: Step(0) })
+    Ok(Prepared { plan, resumed_from: None, skipped: Vec::new(), step: Step(config.checkpoint.step) })
 }
 
 fn resume(

@@ -36,6 +36,8 @@ pub enum LogFormat {
 pub enum Command {
     /// Start a job's ranks on this node: a job file (job.toml), a model (--model), or any program as torchrun would
     Launch(Box<LaunchFlags>),
+    /// Coordinate one job as a process of its own, which may be started again: for several nodes, and for schedulers
+    Coordinator(Box<CoordinatorFlags>),
     /// Be one rank of a job, as the launcher or a scheduler starts it
     Worker,
     /// Say what each rank would read and keep, without loading anything
@@ -121,9 +123,43 @@ pub struct LaunchFlags {
     /// Print the result as JSON on stdout
     #[arg(long)]
     pub json: bool,
+    /// Start this node's ranks of the job that `weightcast coordinator` coordinates at this host:port
+    #[arg(long, value_name = "ADDRESS", requires = "token_file")]
+    pub coordinator: Option<String>,
+    /// The token of that job
+    #[arg(long, value_name = "PATH", requires = "coordinator")]
+    pub token_file: Option<PathBuf>,
     /// The launcher's flags, and the job file or program
     #[command(flatten)]
     pub launch: LaunchArgs,
+}
+
+/// `weightcast coordinator`
+#[derive(Debug, Args)]
+pub struct CoordinatorFlags {
+    /// The number of ranks on all nodes together
+    #[arg(long, value_parser = clap::value_parser!(u32).range(1..=4096))]
+    pub ranks: u32,
+    /// Where to listen; port 0 is any free one, and the one of before after a restart
+    #[arg(long, value_name = "ADDRESS", default_value = "127.0.0.1:0")]
+    pub listen: std::net::SocketAddr,
+    /// Allow other hosts to talk to it without encryption, on a network that is trusted
+    #[arg(long)]
+    pub insecure: bool,
+    /// Where it keeps what it must know after a restart
+    #[arg(long, value_name = "DIR")]
+    pub state_dir: PathBuf,
+    /// The job's token; made as DIR/token when absent
+    #[arg(long, value_name = "PATH")]
+    pub token_file: Option<PathBuf>,
+    /// The job, instead of or over a job file
+    #[command(flatten)]
+    pub job: JobOverrides,
+    /// Print the result as JSON on stdout
+    #[arg(long)]
+    pub json: bool,
+    /// A job file
+    pub job_file: Option<PathBuf>,
 }
 
 /// `weightcast plan`
@@ -182,6 +218,9 @@ pub struct JobOverrides {
     /// Write a checkpoint when the load is done
     #[arg(long)]
     pub save: bool,
+    /// The step that the checkpoint is of, when the job starts from a model; 0 by default
+    #[arg(long, value_name = "N")]
+    pub step: Option<u64>,
     /// Whether to load from the newest checkpoint
     #[arg(long, value_enum, value_name = "WHEN")]
     pub resume: Option<ResumePolicy>,
@@ -229,6 +268,7 @@ impl JobOverrides {
         config.quantization.double |= self.double;
         config.load.digests |= self.digests;
         config.checkpoint.save |= self.save;
+        config.checkpoint.step = self.step.unwrap_or(config.checkpoint.step);
         config.job.hold |= self.hold;
     }
 }

@@ -6,13 +6,21 @@ use weightcast_launcher::{Environment, Event, EventSink, Launch, LaunchArgs, run
 use super::args::LaunchFlags;
 use super::output::{bytes, fail, fail_with, json, say};
 use super::progress::ProgressLine;
-use crate::app::{Audience, LaunchJob, Launched, launch, prepare};
+use crate::app::{Audience, CoordinatorAddress, LaunchJob, Launched, join, launch, prepare};
 use crate::config::JobConfig;
 use crate::membership::Phase;
 use crate::types::WorldSize;
 
 pub(super) fn run(flags: LaunchFlags) -> u8 {
-    let LaunchFlags { job, json, launch } = flags;
+    let LaunchFlags { job, json, coordinator, token_file, launch } = flags;
+    if let (Some(address), Some(token_file)) = (coordinator, token_file) {
+        if job.names_a_job() || !launch.command.is_empty() {
+            say("error: --coordinator: the coordinator knows the job; expected no model, job file or program");
+            return super::EXIT_USAGE;
+        }
+        let checkpoint_root = job.checkpoint_dir;
+        return join_job(&launch, &CoordinatorAddress { address, token_file, checkpoint_root });
+    }
     let file = launch
         .command
         .first()
@@ -34,17 +42,39 @@ pub(super) fn run(flags: LaunchFlags) -> u8 {
     run_job(config, launch, json)
 }
 
-fn runtime() -> std::io::Result<tokio::runtime::Runtime> {
+pub(super) fn runtime() -> std::io::Result<tokio::runtime::Runtime> {
     tokio::runtime::Builder::new_multi_thread().worker_threads(2).enable_all().build()
 }
 
+/// Starts this node's ranks of a job that has its own coordinator.
+fn join_job(args: &LaunchArgs, coordinator: &CoordinatorAddress) -> u8 {
+    super::arm_faults("launcher");
+    let runtime = match runtime() {
+        Ok(runtime) => runtime,
+        Err(error) => return fail_with(&error, 70),
+    };
+    match runtime.block_on(join(args, coordinator, |note| say(&format!("[launcher] {note}")))) {
+        Ok(report) => {
+            if report.exit_code != 0 {
+                say(&report.to_string());
+            }
+            report.exit_code
+        }
+        Err(error) => fail_with(&error, error.exit_code()),
+    }
+}
+
 fn run_job(config: JobConfig, args: LaunchArgs, as_json: bool) -> u8 {
+    super::arm_faults("launcher");
     let layout = match weightcast_launcher::resolve(&args, &Environment::of_this_process()) {
         Ok(layout) => layout,
         Err(error) => return fail_with(&error, error.exit_code()),
     };
     if layout.nnodes > 1 {
-        say("error: --nnodes: expected 1, because a job runs on one node so far; other programs run on several");
+        say(
+            "error: --nnodes: expected 1 without --coordinator: the ranks of several nodes need a coordinator that all \
+             reach (weightcast coordinator)",
+        );
         return super::EXIT_USAGE;
     }
     let world = match WorldSize::new(layout.world_size) {

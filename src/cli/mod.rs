@@ -5,6 +5,7 @@
 mod args;
 mod bench;
 mod checkpoint;
+mod coordinator;
 mod demo;
 mod devices;
 mod job;
@@ -23,6 +24,11 @@ use clap::Parser as _;
 /// Usage errors (sysexits.h, `EX_USAGE`).
 const EXIT_USAGE: u8 = 64;
 
+/// Lets a test end this process at a step that it names; nothing in a release build.
+fn arm_faults(role: &str) {
+    crate::faults::arm(crate::config::variable("WEIGHTCAST_FAULTS").as_deref(), role);
+}
+
 /// Runs the command line of this process and gives its exit code.
 #[must_use]
 pub fn main(arguments: impl Iterator<Item = std::ffi::OsString>) -> u8 {
@@ -37,6 +43,7 @@ pub fn main(arguments: impl Iterator<Item = std::ffi::OsString>) -> u8 {
     output::start_logging(arguments.log_format);
     match arguments.command {
         Command::Launch(flags) => launch::run(*flags),
+        Command::Coordinator(flags) => coordinator::run(*flags),
         Command::Worker => worker::run(),
         Command::Plan(flags) => plan::run(&flags),
         Command::Model { command } => model::run(&command),

@@ -15,6 +15,7 @@ pub(super) fn run() -> u8 {
         Ok(environment) => environment,
         Err(error) => return fail(&error),
     };
+    super::arm_faults(&format!("rank{}", environment.rank));
     let config = WorkerConfig {
         rank: environment.rank,
         world: environment.world,

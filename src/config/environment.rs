@@ -1,6 +1,6 @@
 //! The environment of a worker, as the launcher or a scheduler gives it, and a few facts of the host.
 
-use std::net::{IpAddr, Ipv4Addr};
+use std::net::IpAddr;
 use std::path::PathBuf;
 use std::str::FromStr;
 
@@ -25,8 +25,8 @@ pub struct WorkerEnvironment {
     pub coordinator: String,
     /// `WEIGHTCAST_TOKEN_FILE`.
     pub token_file: PathBuf,
-    /// `WEIGHTCAST_DATA_ADDRESS`: the address that the data plane listens on; loopback by default.
-    pub data_ip: IpAddr,
+    /// `WEIGHTCAST_DATA_ADDRESS`: the address that the data plane listens on.
+    pub data_ip: Option<IpAddr>,
     /// `WEIGHTCAST_CHECKPOINT_DIRECTORY`.
     pub checkpoint_root: Option<PathBuf>,
 }
@@ -67,8 +67,8 @@ impl WorkerEnvironment {
             return Err(EnvironmentError { name: "RANK", expected: "a number below WORLD_SIZE", found });
         }
         let data_ip = match get("WEIGHTCAST_DATA_ADDRESS") {
-            None => IpAddr::V4(Ipv4Addr::LOCALHOST),
-            Some(_) => parsed(get, "WEIGHTCAST_DATA_ADDRESS", "an IP address of this host")?,
+            None => None,
+            Some(_) => Some(parsed(get, "WEIGHTCAST_DATA_ADDRESS", "an IP address of this host")?),
         };
         Ok(Self {
             rank,

@@ -108,6 +108,8 @@ pub struct CheckpointConfig {
     pub directory: Option<PathBuf>,
     /// Write one when the load is done.
     pub save: bool,
+    /// The step that it is a checkpoint of, when the job starts from a model; 0 by default.
+    pub step: u64,
     /// Whether to load from a checkpoint.
     pub resume: ResumePolicy,
 }

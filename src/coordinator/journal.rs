@@ -1,32 +1,105 @@
-//! The journal: which generations were ever given out. Each is a file that is created exclusively and synced before the
-//! number is announced, so a number cannot be used twice, whatever crashes when (A-10, MS-1).
+//! The journal: what a coordinator must know again after a restart. All files are created exclusively and synced before
+//! anything that follows from them is announced, so a number cannot be used twice, whatever crashes when (A-10, MS-1).
+//!
+//! For the job whose first generation is N:
+//! - `job-N.json`: the job and where its coordinator listens ([`JobRecord`]); published whole.
+//! - `generation-N`: the generation, its secret and its members ([`GenerationRecord`]). A number whose record was cut off
+//!   by a crash was never announced; it is not used again.
+//! - `end-N.json`: how it ended ([`EndRecord`]), before anybody is told.
+//! - `closed-N`: everybody was told. The next coordinator starts another job.
 
-use std::path::Path;
+use std::net::SocketAddr;
+use std::path::{Path, PathBuf};
+
+use serde::de::DeserializeOwned;
+use serde::{Deserialize, Serialize};
 
 use crate::error::{Classify, Kind};
-use crate::store::{LocalStore, Store, StoreError, write_small};
-use crate::types::Generation;
+use crate::membership::{AfterLoad, Cause, Formed};
+use crate::plan::LoadPlan;
+use crate::store::{LocalStore, Store, StoreError, read_small, write_small};
+use crate::types::{Generation, JobId};
+
+/// A plan of a large model is about a megabyte.
+const MAX_RECORD_BYTES: u64 = 256 << 20;
 
 /// The journal cannot be read or written.
 #[derive(Debug, thiserror::Error)]
-#[error("coordinator journal: {source}")]
-pub struct JournalError {
+#[non_exhaustive]
+pub enum JournalError {
     /// Storage's error.
-    #[from]
-    source: StoreError,
+    #[error("coordinator journal: {0}")]
+    Store(#[from] StoreError),
+    /// A record does not hold what it should.
+    #[error("coordinator journal: {path}: {reason}; remove the state directory to start another job")]
+    Record {
+        /// The file.
+        path: String,
+        /// What is wrong.
+        reason: String,
+    },
 }
 
 impl Classify for JournalError {
     fn kind(&self) -> Kind {
-        self.source.kind()
+        match self {
+            Self::Store(source) => source.kind(),
+            Self::Record { .. } => Kind::Corrupt,
+        }
     }
 }
 
-/// The generations of a job.
+/// A job as its coordinator must know it.
+#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
+pub struct JobRecord {
+    /// The job.
+    pub job: JobId,
+    /// The plan that the ranks carry out.
+    pub plan: LoadPlan,
+    /// What follows the load.
+    pub after_load: AfterLoad,
+    /// Whether the plan loads a checkpoint of this root.
+    pub resumed: bool,
+    /// Where checkpoints go; none means that the job cannot save.
+    pub checkpoint_root: Option<PathBuf>,
+    /// Where its coordinator listens, which is where its ranks look for it.
+    pub listens: SocketAddr,
+}
+
+/// A generation.
+#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
+pub struct GenerationRecord {
+    /// Who belongs to it.
+    pub formed: Formed,
+    /// What authenticates its data plane.
+    pub secret: [u8; 32],
+}
+
+/// How a job ended.
+#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
+pub struct EndRecord {
+    /// Why it was cancelled; nothing when it is finished.
+    pub cause: Option<Cause>,
+}
+
+/// A job that a coordinator has left.
+#[derive(Clone, Debug)]
+pub struct Interrupted {
+    /// The job.
+    pub record: JobRecord,
+    /// Its generation, if one was formed.
+    pub generation: Option<GenerationRecord>,
+    /// How it ended, if it did.
+    pub end: Option<EndRecord>,
+}
+
+/// The state of one job after the other.
 #[derive(Clone, Debug)]
 pub struct Journal {
     store: LocalStore,
     last: Generation,
+    /// The number of the current job: the first generation that it may have.
+    job: Generation,
 }
 
 impl Journal {
@@ -38,8 +111,10 @@ impl Journal {
         let store = LocalStore::new(directory);
         store.create_dir("")?;
         let names = store.list("")?;
-        let last = names.iter().filter_map(|name| name.strip_prefix("generation-")?.parse().ok()).max();
-        Ok(Self { store, last: Generation(last.unwrap_or(0)) })
+        let last = Generation(numbers(&names, "generation-", "").max().unwrap_or(0));
+        let unclosed =
+            numbers(&names, "job-", ".json").max().filter(|job| !names.contains(&format!("closed-{job:09}")));
+        Ok(Self { store, last, job: unclosed.map_or_else(|| last.next(), Generation) })
     }
 
     /// The highest generation that was ever given out.
@@ -48,19 +123,89 @@ impl Journal {
         self.last
     }
 
+    /// The job that the last coordinator left without having closed it.
+    ///
+    /// # Errors
+    /// [`JournalError`].
+    pub fn interrupted(&self) -> Result<Option<Interrupted>, JournalError> {
+        let names = self.store.list("")?;
+        let (job, end) = (format!("job-{:09}.json", self.job.0), format!("end-{:09}.json", self.job.0));
+        if !names.contains(&job) {
+            return Ok(None);
+        }
+        let record = self.read(&job)?;
+        let generation = if self.last >= self.job { self.read_generation() } else { None };
+        let end = if names.contains(&end) { Some(self.read(&end)?) } else { None };
+        Ok(Some(Interrupted { record, generation, end }))
+    }
+
+    /// Makes a new job durable.
+    ///
+    /// # Errors
+    /// [`JournalError`], of kind `Conflict` when another coordinator works in this directory.
+    pub fn begin(&self, record: &JobRecord) -> Result<(), JournalError> {
+        self.publish(&format!("job-{:09}.json", self.job.0), record)
+    }
+
     /// Makes a generation durable.
     ///
     /// # Errors
     /// [`JournalError`], of kind `Conflict` when another coordinator has given it out.
-    pub fn persist(&self, generation: Generation) -> Result<(), JournalError> {
-        write_small(&self.store, &format!("generation-{:09}", generation.0), b"")?;
+    pub fn persist(&self, record: &GenerationRecord) -> Result<(), JournalError> {
+        let json = serde_json::to_vec(record).unwrap_or_default();
+        write_small(&self.store, &format!("generation-{:09}", record.formed.generation.0), &json)?;
         Ok(self.store.sync_dir("")?)
     }
+
+    /// Makes the end of the job durable.
+    ///
+    /// # Errors
+    /// [`JournalError`].
+    pub fn end(&self, record: &EndRecord) -> Result<(), JournalError> {
+        self.publish(&format!("end-{:09}.json", self.job.0), record)
+    }
+
+    /// Says that everybody knows of the end.
+    ///
+    /// # Errors
+    /// [`JournalError`].
+    pub fn close(&self) -> Result<(), JournalError> {
+        write_small(&self.store, &format!("closed-{:09}", self.job.0), b"")?;
+        Ok(self.store.sync_dir("")?)
+    }
+
+    fn publish(&self, name: &str, record: &impl Serialize) -> Result<(), JournalError> {
+        let draft = format!(".{name}.{:x}", crate::clock::unix_ns());
+        write_small(&self.store, &draft, &serde_json::to_vec(record).unwrap_or_default())?;
+        Ok(self.store.publish(&draft, name)?)
+    }
+
+    fn read<T: DeserializeOwned>(&self, name: &str) -> Result<T, JournalError> {
+        let bytes = read_small(&self.store, name, MAX_RECORD_BYTES)?;
+        let failed = |error: serde_json::Error| JournalError::Record {
+            path: self.store.describe(name),
+            reason: error.to_string(),
+        };
+        serde_json::from_slice(&bytes).map_err(failed)
+    }
+
+    /// The record of the last generation; one that was cut off was never announced.
+    fn read_generation(&self) -> Option<GenerationRecord> {
+        self.read(&format!("generation-{:09}", self.last.0)).ok()
+    }
+}
+
+fn numbers<'a>(names: &'a [String], prefix: &'a str, suffix: &'a str) -> impl Iterator<Item = u64> + 'a {
+    names.iter().filter_map(move |name| name.strip_prefix(prefix)?.strip_suffix(suffix)?.parse().ok())
 }
 
 #[cfg(test)]
 mod tests {
     use super::*;
+
+    fn record(generation: u64) -> GenerationRecord {
+        GenerationRecord { formed: Formed { generation: Generation(generation), members: Vec::new() }, secret: [7; 32] }
+    }
 
     /// a number is given out once, also by two coordinators at the same directory.
     #[test]
@@ -68,9 +213,18 @@ mod tests {
         let directory = tempfile::tempdir().expect("a temporary directory");
         let (first, second) = (Journal::open(directory.path()), Journal::open(directory.path()));
         let (first, second) = (first.expect("new"), second.expect("new"));
-        first.persist(Generation(1)).expect("free");
-        let refused = second.persist(Generation(1)).expect_err("given out already");
+        first.persist(&record(1)).expect("free");
+        let refused = second.persist(&record(1)).expect_err("given out already");
         assert_eq!(refused.kind(), Kind::Conflict);
         assert_eq!(Journal::open(directory.path()).expect("again").last(), Generation(1));
+    }
+
+    /// A crash in the middle of writing: the number is used, what it would have said is not believed.
+    #[test]
+    fn a_generation_that_was_cut_off_is_passed_over() {
+        let directory = tempfile::tempdir().expect("a temporary directory");
+        write_small(&LocalStore::new(directory.path()), "generation-000000003", b"{\"formed\"").expect("written");
+        let journal = Journal::open(directory.path()).expect("opens");
+        assert_eq!((journal.last(), journal.read_generation()), (Generation(3), None));
     }
 }

@@ -10,18 +10,17 @@ mod view;
 
 pub(crate) use owner::random_secret;
 
-use std::path::PathBuf;
 use std::sync::{Arc, Mutex, PoisonError};
 use std::time::Duration;
 
 use tokio::sync::{mpsc, oneshot, watch};
 
-pub use journal::{Journal, JournalError};
+pub use journal::{EndRecord, GenerationRecord, Interrupted, JobRecord, Journal, JournalError};
 pub use view::{RankView, View};
 
 use crate::checkpoint::CheckpointError;
 use crate::load::LoadReport;
-use crate::membership::{AfterLoad, Event, Refusal, Settings};
+use crate::membership::{Event, Refusal};
 use crate::plan::LoadPlan;
 use crate::tasks::Tasks;
 use crate::types::{JobId, Rank, Step};
@@ -36,19 +35,15 @@ const ANSWER_DEADLINE: Duration = Duration::from_secs(30);
 #[derive(Debug)]
 pub struct CoordinatorConfig {
     /// The job.
-    pub job: JobId,
-    /// The plan that the ranks carry out.
-    pub plan: LoadPlan,
-    /// What follows the load.
-    pub after_load: AfterLoad,
+    pub record: JobRecord,
     /// How long ranks may take to join.
     pub join_deadline: Duration,
     /// Where generations are made durable.
-    pub state_directory: PathBuf,
-    /// Whether the plan loads a checkpoint of this root.
-    pub resumed: bool,
-    /// Where checkpoints go; none means that the job cannot save.
-    pub checkpoint_root: Option<PathBuf>,
+    pub journal: Journal,
+    /// Whether the end is made durable too, because the coordinator may be started again.
+    pub is_restartable: bool,
+    /// What a coordinator before this one has left of the job.
+    pub left: Option<(Option<GenerationRecord>, Option<EndRecord>)>,
 }
 
 /// A running coordinator, as seen by those who talk to it.
@@ -66,6 +61,8 @@ struct Shared {
     incarnation: String,
     next_step: Step,
     loads: Mutex<Vec<LoadReport>>,
+    /// Held by everybody who follows the job.
+    audience: Arc<()>,
 }
 
 #[derive(Debug)]
@@ -101,19 +98,11 @@ impl Coordinator {
     /// # Errors
     /// [`CoordinatorError`] when the journal cannot be opened.
     pub fn start(config: CoordinatorConfig, tasks: &mut Tasks) -> Result<Self, CoordinatorError> {
-        let journal = Journal::open(&config.state_directory)?;
-        let settings = Settings {
-            world: config.plan.world,
-            after_load: config.after_load,
-            join_deadline: config.join_deadline,
-            resumed: config.resumed,
-        };
-        let plan_bytes = config.plan.encode();
+        let plan_bytes = config.record.plan.encode();
         let (events, queue) = mpsc::channel(QUEUE);
         let incarnation = format!("{:x}-{}", crate::clock::unix_ns(), std::process::id());
-        let next_step = config.after_load.save.unwrap_or_default();
-        let (owner, views) =
-            owner::Owner::new(settings, config, journal, LoadPlan::sha256(&plan_bytes), events.clone());
+        let next_step = config.record.after_load.save.unwrap_or_default();
+        let (owner, views) = owner::Owner::new(config, LoadPlan::sha256(&plan_bytes), events.clone())?;
         tasks.spawn("coordinator", owner.run(queue));
         let job = views.borrow().job.clone();
         Ok(Self {
@@ -125,6 +114,7 @@ impl Coordinator {
                 incarnation,
                 next_step,
                 loads: Mutex::default(),
+                audience: Arc::default(),
             }),
         })
     }
@@ -176,10 +166,25 @@ impl Coordinator {
         &self.shared.incarnation
     }
 
-    /// Keeps the figures of a rank's load for the summary; what cannot be read is passed over.
+    /// To be held by whoever follows the job, for as long as it does.
+    #[must_use]
+    pub fn follow(&self) -> Arc<()> {
+        self.shared.audience.clone()
+    }
+
+    /// Whether anybody follows the job.
+    #[must_use]
+    pub fn is_followed(&self) -> bool {
+        Arc::strong_count(&self.shared.audience) > 1
+    }
+
+    /// Keeps the figures of a rank's load for the summary; what cannot be read is passed over. A rank says them again to a
+    /// coordinator that was restarted.
     pub fn record_load(&self, report_json: &str) {
-        if let Ok(report) = serde_json::from_str(report_json) {
-            self.shared.loads.lock().unwrap_or_else(PoisonError::into_inner).push(report);
+        if let Ok(report) = serde_json::from_str::<LoadReport>(report_json) {
+            let mut loads = self.shared.loads.lock().unwrap_or_else(PoisonError::into_inner);
+            loads.retain(|known| known.rank != report.rank);
+            loads.push(report);
         }
     }
 

@@ -6,8 +6,8 @@ use std::sync::Arc;
 
 use tokio::sync::{mpsc, watch};
 
-use super::{CoordinatorConfig, Journal, Request, View};
-use crate::checkpoint;
+use super::{CoordinatorConfig, EndRecord, GenerationRecord, JobRecord, Journal, Request, View};
+use crate::checkpoint::{self, CheckpointError};
 use crate::error::{Classify, chain};
 use crate::manifest::{SealRequest, ShardReceipt};
 use crate::membership::{Effect, Event, Membership, Phase, Save, Settings, TICK};
@@ -21,7 +21,7 @@ pub(super) struct Owner {
     effects: Arc<EffectContext>,
     events: mpsc::Sender<Request>,
     views: watch::Sender<View>,
-    secret: [u8; 32],
+    is_restartable: bool,
     running: Tasks,
 }
 
@@ -29,35 +29,51 @@ pub(super) struct Owner {
 struct EffectContext {
     plan: LoadPlan,
     journal: Journal,
+    secret: [u8; 32],
     checkpoint_root: Option<PathBuf>,
 }
 
 impl Owner {
     pub(super) fn new(
-        settings: Settings,
         config: CoordinatorConfig,
-        journal: Journal,
         plan_sha256: [u8; 32],
         events: mpsc::Sender<Request>,
-    ) -> (Self, watch::Receiver<View>) {
-        let membership = Membership::new(settings, journal.last(), crate::clock::now());
+    ) -> Result<(Self, watch::Receiver<View>), CheckpointError> {
+        let CoordinatorConfig { record, join_deadline, journal, is_restartable, left } = config;
+        let settings = Settings {
+            world: record.plan.world,
+            after_load: record.after_load,
+            join_deadline,
+            resumed: record.resumed,
+        };
+        let (generation, end) = left.unwrap_or_default();
+        let mut membership = Membership::new(settings, journal.last(), crate::clock::now());
+        let secret = generation.as_ref().map_or_else(random_secret, |generation| generation.secret);
+        if let Some(GenerationRecord { formed, .. }) = generation {
+            let committed = committed_by(&record, formed.generation)?;
+            membership = membership.resume(formed, committed);
+        }
+        if let Some(end) = end {
+            membership = membership.ended(end.cause);
+        }
         let mut view = View {
-            job: config.job,
-            model: config.plan.model.clone(),
+            job: record.job,
+            model: record.plan.model.clone(),
             generation: membership.generation(),
             phase: Phase::Forming,
             peers: Vec::new(),
-            secret: [0; 32],
+            secret,
             plan_sha256,
             ranks: Vec::new(),
             last_checkpoint: None,
+            checkpoint_root: record.checkpoint_root.clone(),
         };
-        view.update(&membership, [0; 32]);
+        view.update(&membership);
         let (views, seen) = watch::channel(view);
-        let effects = EffectContext { plan: config.plan, journal, checkpoint_root: config.checkpoint_root };
-        let secret = random_secret();
-        let owner = Self { membership, effects: Arc::new(effects), events, views, secret, running: Tasks::new() };
-        (owner, seen)
+        let effects = EffectContext { plan: record.plan, journal, secret, checkpoint_root: record.checkpoint_root };
+        let owner =
+            Self { membership, effects: Arc::new(effects), events, views, is_restartable, running: Tasks::new() };
+        Ok((owner, seen))
     }
 
     pub(super) async fn run(mut self, mut queue: mpsc::Receiver<Request>) {
@@ -79,26 +95,44 @@ impl Owner {
 
     fn handle(&mut self, Request { event, answer }: Request) {
         let quiet = matches!(event, Event::Tick);
+        crate::faults::point(event.name());
         let before = self.membership.phase().name();
         let result = self.membership.apply(crate::clock::now(), event);
         let after = self.membership.phase().name();
         if before != after {
-            let generation = self.membership.generation();
-            match self.membership.phase() {
-                Phase::Aborted(cause) => {
-                    tracing::error!(%generation, rank = ?cause.rank.map(|rank| rank.0), cause = cause.message, "job aborted");
-                }
-                _ => tracing::info!(%generation, from = before, to = after, "job changed phase"),
-            }
+            self.changed_phase(before, after);
         }
         if !quiet || before != after {
-            let (membership, secret) = (&self.membership, self.secret);
-            self.views.send_modify(|view| view.update(membership, secret));
+            let membership = &self.membership;
+            self.views.send_modify(|view| view.update(membership));
+            crate::faults::point("coordinator.announced");
         }
         let result = result.map(|effects| effects.into_iter().for_each(|effect| self.start(effect)));
         if let Some(answer) = answer {
             // A caller that went away needs no answer.
             let _ = answer.send(result);
+        }
+    }
+
+    fn changed_phase(&self, before: &str, after: &str) {
+        let generation = self.membership.generation();
+        let cause = match self.membership.phase() {
+            Phase::Aborted(cause) => {
+                let rank = cause.rank.map(|rank| rank.0);
+                tracing::error!(%generation, ?rank, cause = cause.message, "job aborted");
+                Some(cause.clone())
+            }
+            _ => {
+                tracing::info!(%generation, from = before, to = after, "job changed phase");
+                None
+            }
+        };
+        if self.is_restartable && self.membership.is_over() {
+            // On this thread, because nothing may be announced before: a coordinator that is started again must not take
+            // ranks that have gone for ranks that are silent.
+            if let Err(error) = self.effects.journal.end(&EndRecord { cause }) {
+                tracing::error!(error = chain(&error), "the end of the job could not be made durable");
+            }
         }
     }
 
@@ -115,10 +149,13 @@ impl Owner {
 impl EffectContext {
     fn carry_out(&self, effect: Effect) -> Event {
         match effect {
-            Effect::PersistGeneration(generation) => match self.journal.persist(generation) {
-                Ok(()) => Event::GenerationDurable(generation),
-                Err(error) => shell_failed(&error),
-            },
+            Effect::PersistGeneration(formed) => {
+                let generation = formed.generation;
+                match self.journal.persist(&GenerationRecord { formed, secret: self.secret }) {
+                    Ok(()) => Event::GenerationDurable(generation),
+                    Err(error) => shell_failed(&error),
+                }
+            }
             Effect::BeginSave(step) => self.begin(step),
             Effect::Commit { save, receipts, generation } => self.commit(&save, receipts, generation),
         }
@@ -157,6 +194,14 @@ impl EffectContext {
 
 fn shell_failed<E: Classify + 'static>(error: &E) -> Event {
     Event::ShellFailed { message: chain(error), exit_code: error.kind().exit_code() }
+}
+
+/// The checkpoint that this generation has committed for the step it is to save, if it has.
+fn committed_by(record: &JobRecord, generation: Generation) -> Result<Option<String>, CheckpointError> {
+    let (Some(step), Some(root)) = (record.after_load.save, &record.checkpoint_root) else { return Ok(None) };
+    let listed = checkpoint::list(&LocalStore::new(root))?;
+    let found = listed.into_iter().filter(|listed| listed.step == step).find_map(|listed| listed.checkpoint.ok());
+    Ok(found.filter(|found| found.manifest.generation == generation).map(|found| found.directory))
 }
 
 /// 32 bytes from the operating system.

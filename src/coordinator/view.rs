@@ -1,5 +1,7 @@
 //! What others see of the coordinator's state: a full snapshot.
 
+use std::path::PathBuf;
+
 use crate::clock::Instant;
 use crate::membership::{Cause, Membership, Phase, Progress, Save};
 use crate::types::{Generation, JobId, Rank};
@@ -25,6 +27,8 @@ pub struct View {
     pub ranks: Vec<RankView>,
     /// The newest checkpoint of this job.
     pub last_checkpoint: Option<String>,
+    /// Where checkpoints go.
+    pub checkpoint_root: Option<PathBuf>,
 }
 
 /// A snapshot of one rank.
@@ -67,10 +71,15 @@ impl View {
         }
     }
 
-    pub(super) fn update(&mut self, membership: &Membership, secret: [u8; 32]) {
+    /// Whether the job has ended, well or not.
+    #[must_use]
+    pub const fn is_over(&self) -> bool {
+        matches!(self.phase, Phase::Finished | Phase::Aborted(_))
+    }
+
+    pub(super) fn update(&mut self, membership: &Membership) {
         self.generation = membership.generation();
         self.phase = membership.phase().clone();
-        self.secret = secret;
         self.last_checkpoint = membership.last_checkpoint().map(str::to_owned);
         self.ranks = membership
             .members()

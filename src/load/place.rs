@@ -47,6 +47,7 @@ pub(super) struct Mover<'a, 'c> {
 impl Mover<'_, '_> {
     /// Keeps this rank's part of a piece and sends the others theirs. `bytes` is the piece.
     pub(super) fn deliver(&mut self, route: &Route<'_>, piece: Piece, bytes: &mut [u8]) -> Result<(), LoadError> {
+        crate::faults::point("load.deliver");
         self.keep(route, piece, bytes);
         let Some(comm) = self.comm.as_mut() else { return Ok(()) };
         let root = self.rank;
@@ -71,6 +72,7 @@ impl Mover<'_, '_> {
 
     /// Receives this rank's part of a piece from `root`, straight into its memory.
     pub(super) fn receive(&mut self, route: &Route<'_>, piece: Piece, root: Rank) -> Result<(), LoadError> {
+        crate::faults::point("load.receive");
         let kept = route.kept(self.rank, piece.component);
         let Some(part) = kept.intersect(piece.range) else { return Ok(()) };
         let Some(comm) = self.comm.as_mut() else { return Ok(()) };

@@ -1,6 +1,6 @@
 //! The transitions.
 
-use super::{Cause, Effect, Event, ExitPolicy, JoinInfo, Member, Membership, Phase, Progress, Refusal, Save};
+use super::{Cause, Effect, Event, ExitPolicy, Formed, JoinInfo, Member, Membership, Phase, Progress, Refusal, Save};
 use crate::clock::Instant;
 use crate::manifest::ShardReceipt;
 use crate::types::{Attempt, Generation, Rank, Step};
@@ -67,7 +67,10 @@ impl Membership {
         if self.phase == Phase::Forming && self.members.iter().all(Option::is_some) {
             self.phase = Phase::Opening;
             // MS-1: announced by `open` after the shell has made it durable.
-            return Ok(vec![Effect::PersistGeneration(self.generation.next())]);
+            let members =
+                self.members.iter().flatten().map(|member| (member.id.clone(), member.info.clone())).collect();
+            let generation = self.generation.next();
+            return Ok(vec![Effect::PersistGeneration(Formed { generation, members })]);
         }
         Ok(Vec::new())
     }
@@ -93,7 +96,8 @@ impl Membership {
         if self.phase != Phase::Loading || !all {
             return Ok(Vec::new());
         }
-        match self.settings.after_load.save {
+        // A coordinator that was ended may have committed it before.
+        match self.settings.after_load.save.filter(|_| self.last_checkpoint.is_none()) {
             Some(step) => {
                 self.phase = Phase::Beginning { step };
                 Ok(vec![Effect::BeginSave(step)])

@@ -1,11 +1,13 @@
 //! What can happen to a job, what it asks of its shell, and why it refuses.
 
+use serde::{Deserialize, Serialize};
+
 use crate::error::{Classify, Kind};
 use crate::manifest::ShardReceipt;
 use crate::types::{Attempt, Generation, Rank, Step};
 
 /// What follows when the work asked for is done.
-#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Serialize, Deserialize)]
 pub enum ExitPolicy {
     /// The job ends with success.
     #[default]
@@ -15,7 +17,7 @@ pub enum ExitPolicy {
 }
 
 /// What a rank says when it joins.
-#[derive(Clone, Debug, PartialEq, Eq)]
+#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
 pub struct JoinInfo {
     /// Chosen by the rank; the same id is the same join.
     pub request_id: String,
@@ -129,11 +131,33 @@ pub enum Event {
     Tick,
 }
 
+impl Event {
+    /// The event as a step of a job, for logs and tests.
+    #[must_use]
+    pub const fn name(&self) -> &'static str {
+        match self {
+            Self::Join(_) => "coordinator.join",
+            Self::Renew { .. } => "coordinator.renew",
+            Self::GenerationDurable(_) => "coordinator.generation-durable",
+            Self::Loaded { .. } => "coordinator.loaded",
+            Self::SaveBegun { .. } => "coordinator.save-begun",
+            Self::Saved { .. } => "coordinator.saved",
+            Self::Committed { .. } => "coordinator.committed",
+            Self::ShellFailed { .. } => "coordinator.shell-failed",
+            Self::Failed { .. } => "coordinator.failed",
+            Self::ProcessEnded { .. } => "coordinator.process-ended",
+            Self::SaveRequested(_) => "coordinator.save-requested",
+            Self::DrainRequested(_) => "coordinator.drain-requested",
+            Self::Tick => "coordinator.tick",
+        }
+    }
+}
+
 /// What the shell must do.
 #[derive(Clone, Debug)]
 pub enum Effect {
-    /// Make this generation number durable, then report [`Event::GenerationDurable`].
-    PersistGeneration(Generation),
+    /// Make this generation durable, then report [`Event::GenerationDurable`].
+    PersistGeneration(super::Formed),
     /// Begin an attempt at this step, then report [`Event::SaveBegun`].
     BeginSave(Step),
     /// Seal and publish, then report [`Event::Committed`].

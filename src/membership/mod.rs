@@ -17,6 +17,8 @@ mod tests;
 
 use std::time::Duration;
 
+use serde::{Deserialize, Serialize};
+
 pub use event::{Effect, Event, ExitPolicy, JoinInfo, Progress, Refusal};
 pub use leases::{LEASE, RENEW_INTERVAL, TICK};
 
@@ -25,7 +27,7 @@ use crate::manifest::ShardReceipt;
 use crate::types::{Attempt, Generation, Rank, Step, WorldSize};
 
 /// What is to be done when all ranks have loaded.
-#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize, Deserialize)]
 pub struct AfterLoad {
     /// Write a checkpoint of this step.
     pub save: Option<Step>,
@@ -107,7 +109,7 @@ pub struct Save {
 }
 
 /// Why a job ended.
-#[derive(Clone, Debug, PartialEq, Eq)]
+#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
 pub struct Cause {
     /// The rank at fault, if one is.
     pub rank: Option<Rank>,
@@ -131,6 +133,15 @@ pub struct Member {
     loaded: bool,
 }
 
+/// A generation and who belongs to it: what a restarted coordinator must know to go on with the same ranks.
+#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
+pub struct Formed {
+    /// The generation.
+    pub generation: Generation,
+    /// By rank, the member's id and what it said when it joined.
+    pub members: Vec<(String, JoinInfo)>,
+}
+
 impl Membership {
     /// A job that waits for its ranks. `last_generation` is the highest number that was ever made durable.
     #[must_use]
@@ -147,6 +158,29 @@ impl Membership {
             save_before_end: None,
             last_checkpoint: None,
         }
+    }
+
+    /// Goes on where another coordinator was ended: the ranks of `formed` are taken to be loading, and say again what they
+    /// have done. Their leases start now. `last_checkpoint` is what this generation has committed already.
+    #[must_use]
+    pub fn resume(mut self, formed: Formed, last_checkpoint: Option<String>) -> Self {
+        self.generation = formed.generation;
+        self.phase = Phase::Loading;
+        self.last_checkpoint = last_checkpoint;
+        let (renewed, count) = (self.started, formed.members.len());
+        for (place, (id, info)) in self.members.iter_mut().zip(formed.members) {
+            *place = Some(Member { id, info, renewed, progress: Progress::default(), loaded: false });
+        }
+        // Ids end with a number that a generation uses once.
+        self.next_member = crate::types::as_u64(count) + 1;
+        self
+    }
+
+    /// A job whose end another coordinator has decided: it is only told to those who have not heard of it.
+    #[must_use]
+    pub fn ended(mut self, cause: Option<Cause>) -> Self {
+        self.phase = cause.map_or(Phase::Finished, Phase::Aborted);
+        self
     }
 
     /// The current generation, or the last one before it is formed.

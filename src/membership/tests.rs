@@ -209,3 +209,37 @@ fn a_drain_while_loading_saves_before_it_ends() {
     job.apply(Event::Committed { directory: "d".to_owned() }).expect("no refusal");
     assert_eq!(job.membership.phase(), &Phase::Finished);
 }
+
+/// A coordinator that is started again knows the generation and its members; each says again what it has done.
+#[test]
+fn a_resumed_job_goes_on_with_its_members() {
+    let mut first = Job::new(2, SAVE_AND_EXIT);
+    first.join(0).expect("free");
+    let effects = first.join(1).expect("free");
+    let [Effect::PersistGeneration(formed)] = &effects[..] else { panic!("{effects:?}") };
+    assert_eq!(formed.generation, Generation(8));
+    for (last_checkpoint, saves) in [(None, true), (Some("step-000000000".to_owned()), false)] {
+        let mut second = Job::new(2, SAVE_AND_EXIT);
+        second.membership = second.membership.resume(formed.clone(), last_checkpoint);
+        assert_eq!((second.membership.generation(), second.membership.phase()), (Generation(8), &Phase::Loading));
+        assert!(second.loaded(0).expect("still a member").is_empty());
+        let effects = second.loaded(1).expect("still a member");
+        assert_eq!(matches!(effects[..], [Effect::BeginSave(Step(0))]), saves);
+        assert_eq!(second.membership.phase() == &Phase::Finished, !saves);
+    }
+}
+
+#[test]
+fn members_of_a_resumed_job_that_do_not_come_back_are_silent() {
+    let mut first = Job::new(1, HOLD);
+    let effects = first.join(0).expect("free");
+    let [Effect::PersistGeneration(formed)] = &effects[..] else { panic!("{effects:?}") };
+    let mut second = Job::new(1, HOLD);
+    second.membership = second.membership.resume(formed.clone(), None);
+    // Ticks as they come, so that the coordinator was not held up itself.
+    for _ in 0..31 {
+        second.now += TICK;
+        second.apply(Event::Tick).expect("no refusal");
+    }
+    assert!(matches!(second.membership.phase(), Phase::Aborted(cause) if cause.rank == Some(Rank(0))));
+}

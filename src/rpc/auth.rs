@@ -56,7 +56,10 @@ impl Token {
         let secret = crate::coordinator::random_secret();
         let text: String = secret.iter().map(|byte| format!("{byte:02x}")).collect();
         let store = LocalStore::new(directory);
-        crate::store::write_small(&store, "token", text.as_bytes())?;
+        // Published whole: a half-written token would be a token that nobody else can have.
+        let draft = format!(".token.{:x}", crate::clock::unix_ns());
+        crate::store::write_small(&store, &draft, text.as_bytes())?;
+        store.publish(&draft, "token")?;
         Ok(Self { path: directory.join("token") })
     }
 

@@ -4,6 +4,7 @@ use std::time::Duration;
 
 use tonic::Request;
 use tonic::transport::{Channel, Endpoint};
+use weightcast_proto::v1;
 use weightcast_proto::v1::job_service_client::JobServiceClient;
 use weightcast_proto::v1::worker_service_client::WorkerServiceClient;
 
@@ -81,6 +82,18 @@ impl Clients {
             reason: crate::error::chain(&error),
         })?;
         Ok(Self { worker: WorkerServiceClient::new(channel.clone()), job: JobServiceClient::new(channel) })
+    }
+}
+
+impl Clients {
+    /// Tells of a rank's process that ended with failure; whether the coordinator took it.
+    pub async fn report_process_ended(&mut self, token: &Token, rank: u32, message: String, exit_code: u8) -> bool {
+        let request_id = format!("ended-{rank}-{:x}", crate::clock::unix_ns());
+        let report = v1::ReportProcessEndedRequest { request_id, rank, message, exit_code: u32::from(exit_code) };
+        match request(token, report) {
+            Ok(report) => self.job.report_process_ended(report).await.is_ok(),
+            Err(_) => false,
+        }
     }
 }
 

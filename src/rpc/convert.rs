@@ -47,6 +47,7 @@ pub(super) fn watch(coordinator: &Coordinator, view: &View) -> v1::WatchResponse
             directory: save.directory.clone(),
         }),
         cause: view.cause().map(cause),
+        checkpoint_root: view.checkpoint_root.as_ref().map(|root| root.display().to_string()).unwrap_or_default(),
     }
 }
 

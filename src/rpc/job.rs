@@ -9,6 +9,7 @@ use super::server::expect_deadline;
 use super::status::status;
 use crate::coordinator::Coordinator;
 use crate::membership::Event;
+use crate::types::Rank;
 
 #[derive(Debug)]
 pub(super) struct JobServer {
@@ -46,10 +47,26 @@ impl JobService for JobServer {
 
     async fn drain(&self, request: Request<v1::DrainRequest>) -> Result<Response<v1::DrainResponse>, Status> {
         expect_deadline(&request)?;
-        let step = request.get_ref().save.then(|| self.coordinator.next_step());
+        // A job without a place for checkpoints ends without one.
+        let can_save = self.coordinator.views().borrow().checkpoint_root.is_some();
+        let step = (request.get_ref().save && can_save).then(|| self.coordinator.next_step());
         self.coordinator.apply(Event::DrainRequested(step)).await.map_err(|refusal| status(&refusal))?;
         let views = self.coordinator.views();
         let header = convert::header(&self.coordinator, &views.borrow());
         Ok(Response::new(v1::DrainResponse { header: Some(header) }))
+    }
+
+    async fn report_process_ended(
+        &self,
+        request: Request<v1::ReportProcessEndedRequest>,
+    ) -> Result<Response<v1::ReportProcessEndedResponse>, Status> {
+        expect_deadline(&request)?;
+        let report = request.into_inner();
+        let exit_code = u8::try_from(report.exit_code).unwrap_or(1);
+        let event = Event::ProcessEnded { rank: Rank(report.rank), message: report.message, exit_code };
+        self.coordinator.apply(event).await.map_err(|refusal| status(&refusal))?;
+        let views = self.coordinator.views();
+        let header = convert::header(&self.coordinator, &views.borrow());
+        Ok(Response::new(v1::ReportProcessEndedResponse { header: Some(header) }))
     }
 }

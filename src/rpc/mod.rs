@@ -13,5 +13,5 @@ mod worker;
 
 pub use auth::{Token, TokenError};
 pub use client::{Clients, ConnectError, WATCH_SILENCE, describe_status, request};
-pub use server::{ServeError, Served, serve};
+pub use server::{Listener, ServeError, serve};
 pub use status::{kind_of, status};

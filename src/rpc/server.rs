@@ -39,26 +39,34 @@ impl Classify for ServeError {
     }
 }
 
-/// A server that runs.
-#[derive(Clone, Copy, Debug)]
-pub struct Served {
-    /// The address that it listens on; the port is the bound one.
-    pub address: SocketAddr,
+/// A port that is held, and not served yet.
+#[derive(Debug)]
+pub struct Listener {
+    listener: TcpListener,
+    address: SocketAddr,
 }
 
-/// Binds `address` (port 0 for any free one) and serves the coordinator there within `tasks`.
-///
-/// # Errors
-/// [`ServeError`] when the port cannot be had.
-pub async fn serve(
-    coordinator: Coordinator,
-    token: Token,
-    address: SocketAddr,
-    tasks: &mut Tasks,
-) -> Result<Served, ServeError> {
-    let failed = |source| ServeError { address, source };
-    let listener = TcpListener::bind(address).await.map_err(failed)?;
-    let bound = listener.local_addr().map_err(failed)?;
+impl Listener {
+    /// Binds `address`; port 0 stands for any free one.
+    ///
+    /// # Errors
+    /// [`ServeError`] when the port cannot be had.
+    pub async fn bind(address: SocketAddr) -> Result<Self, ServeError> {
+        let failed = |source| ServeError { address, source };
+        let listener = TcpListener::bind(address).await.map_err(failed)?;
+        let address = listener.local_addr().map_err(failed)?;
+        Ok(Self { listener, address })
+    }
+
+    /// Where it listens, with the port that was bound.
+    #[must_use]
+    pub const fn address(&self) -> SocketAddr {
+        self.address
+    }
+}
+
+/// Serves the coordinator within `tasks`.
+pub fn serve(coordinator: Coordinator, token: Token, listener: Listener, tasks: &mut Tasks) {
     let worker = WorkerServiceServer::new(WorkerServer { coordinator: coordinator.clone() })
         .max_decoding_message_size(MAX_MESSAGE_BYTES);
     let job = JobServiceServer::new(JobServer { coordinator });
@@ -69,11 +77,10 @@ pub async fn serve(
         .add_service(InterceptedService::new(worker, move |request| token.check(request)))
         .add_service(InterceptedService::new(job, move |request| job_token.check(request)));
     tasks.spawn("rpc server", async move {
-        if let Err(error) = server.serve_with_incoming(TcpListenerStream::new(listener)).await {
+        if let Err(error) = server.serve_with_incoming(TcpListenerStream::new(listener.listener)).await {
             tracing::error!(%error, "the gRPC server ended");
         }
     });
-    Ok(Served { address: bound })
 }
 
 /// Refuses a call without a deadline: a caller that waits for ever is a hang that nobody sees.

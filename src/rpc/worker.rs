@@ -12,7 +12,7 @@ use super::convert;
 use super::server::expect_deadline;
 use super::status::status;
 use crate::coordinator::Coordinator;
-use crate::membership::{Event, JoinInfo, LEASE, RENEW_INTERVAL};
+use crate::membership::{Event, JoinInfo, LEASE, Phase, RENEW_INTERVAL, Refusal};
 use crate::types::{Attempt, Generation, Rank, Step};
 
 /// Parts of the plan are at most this long, well below gRPC's message limit of 4 MiB.
@@ -74,10 +74,22 @@ impl WorkerService for WorkerServer {
 
     type WatchStream = ResponseStream<v1::WatchResponse>;
 
-    async fn watch(&self, _request: Request<v1::WatchRequest>) -> Result<Response<Self::WatchStream>, Status> {
+    async fn watch(&self, request: Request<v1::WatchRequest>) -> Result<Response<Self::WatchStream>, Status> {
+        let member = request.into_inner().member_id;
         let coordinator = self.coordinator.clone();
+        let follower = coordinator.follow();
+        {
+            let views = coordinator.views();
+            let view = views.borrow();
+            // The end is told to everybody: after a restart the members may be forgotten.
+            let known = view.ranks.iter().any(|rank| rank.member.as_ref() == Some(&member));
+            if !known && !matches!(view.phase, Phase::Finished | Phase::Aborted(_)) {
+                return Err(status(&Refusal::Stale { member, generation: view.generation.0 }));
+            }
+        }
         let mut last = None;
         let changes = WatchStream::new(self.coordinator.views()).filter_map(move |view| {
+            let _ = &follower;
             // Renewals change the view too, but nothing that a rank acts on.
             let message = convert::watch(&coordinator, &view);
             let news = last.as_ref() != Some(&message);

@@ -55,6 +55,7 @@ impl Store for LocalStore {
     }
 
     fn create(&self, name: &str, len_bytes: u64) -> Result<Box<dyn NewFile>, StoreError> {
+        crate::faults::point("store.create");
         let path = self.path(name)?;
         let file = OpenOptions::new()
             .write(true)
@@ -66,6 +67,7 @@ impl Store for LocalStore {
     }
 
     fn create_dir(&self, name: &str) -> Result<(), StoreError> {
+        crate::faults::point("store.create-dir");
         let path = self.path(name)?;
         fs::create_dir_all(&path).map_err(|source| StoreError::Io {
             operation: Operation::Create,
@@ -94,8 +96,10 @@ impl Store for LocalStore {
     }
 
     fn publish(&self, from: &str, to: &str) -> Result<(), StoreError> {
+        crate::faults::point("store.publish");
         let (from, to) = (self.path(from)?, self.path(to)?);
         rename_noreplace(&from, &to).map_err(|source| StoreError::io(Operation::Publish, &to, source))?;
+        crate::faults::point("store.published");
         for changed in [to.parent(), from.parent()].into_iter().flatten() {
             sync_directory(changed)?;
         }
@@ -103,10 +107,12 @@ impl Store for LocalStore {
     }
 
     fn sync_dir(&self, name: &str) -> Result<(), StoreError> {
+        crate::faults::point("store.sync-dir");
         sync_directory(&self.path(name)?)
     }
 
     fn remove(&self, name: &str) -> Result<(), StoreError> {
+        crate::faults::point("store.remove");
         let path = self.path(name)?;
         let result = match fs::symlink_metadata(&path) {
             Ok(metadata) if metadata.is_dir() => fs::remove_dir_all(&path),
@@ -225,12 +231,14 @@ impl LocalNewFile {
 
 impl NewFile for LocalNewFile {
     fn write_all_at(&mut self, offset: u64, bytes: &[u8]) -> Result<(), StoreError> {
+        crate::faults::point("store.write");
         self.file.write_all_at(bytes, offset).map_err(|source| StoreError::io(Operation::Write, &self.path, source))?;
         self.start_writeback(offset, as_u64(bytes.len()));
         Ok(())
     }
 
     fn finish(self: Box<Self>) -> Result<(), StoreError> {
+        crate::faults::point("store.finish");
         self.file.sync_all().map_err(|source| StoreError::io(Operation::Sync, &self.path, source))
     }
 }

@@ -31,6 +31,12 @@ impl Tasks {
         });
     }
 
+    /// Waits for all tasks to end by themselves, at most `deadline`; what is left is aborted.
+    pub async fn finish(mut self, deadline: Duration) {
+        let joined = async { while self.set.join_next().await.is_some() {} };
+        let _ = tokio::time::timeout(deadline, joined).await;
+    }
+
     /// Asks all tasks to end by aborting them at their next await, and waits for that, at most `deadline`.
     pub async fn shut_down(mut self, deadline: Duration) {
         self.set.abort_all();

@@ -18,7 +18,7 @@ use crate::plan::{LoadPlan, Strategy};
 use crate::quant::Kernels;
 use crate::state::StateDict;
 use crate::store::LocalStore;
-use crate::types::{Generation, Rank, Step};
+use crate::types::{Attempt, Generation, Rank, Step};
 
 /// What the data thread is told to do.
 #[derive(Debug)]
@@ -26,7 +26,16 @@ pub(super) enum Command {
     /// Form the group and load.
     Load(Box<LoadCommand>),
     /// Write the shard of a checkpoint.
-    Save { step: Step, directory: String },
+    Save(SaveCommand),
+}
+
+/// Which try at a checkpoint is written.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub(super) struct SaveCommand {
+    pub(super) step: Step,
+    pub(super) attempt: Attempt,
+    pub(super) root: PathBuf,
+    pub(super) directory: String,
 }
 
 /// Everything that a load needs.
@@ -43,7 +52,7 @@ pub(super) struct LoadCommand {
 #[derive(Debug)]
 pub(super) enum Outcome {
     Loaded(Box<LoadReport>),
-    Saved { step: Step, receipt: Box<ShardReceipt> },
+    Saved { command: SaveCommand, receipt: Box<ShardReceipt> },
     Failed(Failure),
 }
 
@@ -82,7 +91,6 @@ impl Watched {
 pub(super) struct DataThread {
     pub(super) port: Option<TcpPort>,
     pub(super) watched: Watched,
-    pub(super) checkpoint_root: Option<PathBuf>,
     pub(super) held: Option<(LoadPlan, StateDict)>,
 }
 
@@ -92,7 +100,7 @@ impl DataThread {
         while let Ok(command) = commands.recv() {
             let outcome = match command {
                 Command::Load(command) => self.load(*command).unwrap_or_else(Outcome::Failed),
-                Command::Save { step, directory } => self.save(step, &directory).unwrap_or_else(Outcome::Failed),
+                Command::Save(command) => self.save(command).unwrap_or_else(Outcome::Failed),
             };
             if outcomes.blocking_send(outcome).is_err() {
                 return;
@@ -118,6 +126,7 @@ impl DataThread {
                 let (deadline, idle_deadline) = (DEFAULT_DEADLINE, DEFAULT_IDLE_DEADLINE);
                 let config = TcpConfig { group, generation, secret, peers, deadline, idle_deadline };
                 let mut comm = connect(config, port).map_err(|error| comm_failure(&error, group.rank))?;
+                crate::faults::point("worker.connected");
                 self.watched.set_abort(comm.abort_handle());
                 let counters = comm.counters();
                 let loaded = load(&plan, &options, Some(&mut comm as &mut dyn Communicator));
@@ -138,27 +147,25 @@ impl DataThread {
         Ok(Outcome::Loaded(Box::new(report)))
     }
 
-    fn save(&mut self, step: Step, directory: &str) -> Result<Outcome, Failure> {
+    fn save(&mut self, command: SaveCommand) -> Result<Outcome, Failure> {
         let internal = |message: &str| Failure {
             message: message.to_owned(),
             exit_code: crate::error::Kind::Internal.exit_code(),
             lost_peer: None,
         };
         let (plan, state) = self.held.as_ref().ok_or_else(|| internal("told to save before it has loaded"))?;
-        let root =
-            self.checkpoint_root.as_ref().ok_or_else(|| internal("told to save without a checkpoint directory"))?;
-        let store = LocalStore::new(root);
+        let store = LocalStore::new(&command.root);
         let total = crate::checkpoint::data_bytes(plan, state);
         self.watched.done_bytes.store(0, Ordering::Relaxed);
         self.watched.total_bytes.store(total, Ordering::Relaxed);
-        let request = WriteRequest { plan, state, store: &store, directory, step };
+        let request = WriteRequest { plan, state, store: &store, directory: &command.directory, step: command.step };
         let progress = |done| self.watched.done_bytes.store(done, Ordering::Relaxed);
         let receipt = write_shard(&request, &progress).map_err(|error: CheckpointError| Failure {
             message: chain(&error),
             exit_code: error.kind().exit_code(),
             lost_peer: None,
         })?;
-        Ok(Outcome::Saved { step, receipt: Box::new(receipt) })
+        Ok(Outcome::Saved { command, receipt: Box::new(receipt) })
     }
 }
 

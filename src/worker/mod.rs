@@ -6,7 +6,9 @@
 //! `WK-1`: snapshots are levels, not edges: the worker compares what it should be doing with what it has done, so a
 //! snapshot that is repeated, or missed because a later one came, changes nothing.
 
+mod calls;
 mod data;
+mod error;
 mod proc_stat;
 mod session;
 
@@ -14,7 +16,8 @@ use std::net::IpAddr;
 use std::path::PathBuf;
 use std::time::Duration;
 
-pub use session::{Ended, WorkerError, run};
+pub use error::WorkerError;
+pub use session::{Ended, run};
 
 use crate::rpc::Token;
 use crate::types::{Rank, WorldSize};
@@ -30,11 +33,12 @@ pub struct WorkerConfig {
     pub coordinator: String,
     /// The job's token.
     pub token: Token,
-    /// The address that the data plane listens on; its port is a free one.
-    pub data_ip: IpAddr,
+    /// The address that the data plane listens on, with a free port; by default this host's address on the way to the
+    /// coordinator.
+    pub data_ip: Option<IpAddr>,
     /// This host's name.
     pub host: String,
-    /// Where checkpoints go.
+    /// Where checkpoints go, if this host has them under another path than the coordinator's.
     pub checkpoint_root: Option<PathBuf>,
     /// How long the coordinator may be out of reach before the rank gives up.
     pub coordinator_deadline: Duration,

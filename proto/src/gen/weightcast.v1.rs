@@ -136,6 +136,9 @@ pub struct WatchResponse {
     /// Set in PHASE_ABORTED.
     #[prost(message, optional, tag = "7")]
     pub cause: ::core::option::Option<Cause>,
+    /// The directory of all checkpoints; empty when the job cannot save. A rank may know it under another path.
+    #[prost(string, tag = "8")]
+    pub checkpoint_root: ::prost::alloc::string::String,
 }
 /// One try at writing a checkpoint.
 #[derive(Clone, PartialEq, Eq, Hash, ::prost::Message)]
@@ -327,7 +330,8 @@ pub mod worker_service_client {
             self.inner = self.inner.max_encoding_message_size(limit);
             self
         }
-        /// Takes part as one rank. May be repeated with the same request id.
+        /// Takes part as one rank. May be repeated with the same request id. A rank that joined before the generation was formed
+        /// joins again when the coordinator was restarted; later ones are known from its journal and go on with Watch.
         pub async fn join(
             &mut self,
             request: impl tonic::IntoRequest<super::JoinRequest>,
@@ -511,7 +515,8 @@ pub mod worker_service_server {
     /// Generated trait containing gRPC methods that should be implemented for use with WorkerServiceServer.
     #[async_trait]
     pub trait WorkerService: std::marker::Send + std::marker::Sync + 'static {
-        /// Takes part as one rank. May be repeated with the same request id.
+        /// Takes part as one rank. May be repeated with the same request id. A rank that joined before the generation was formed
+        /// joins again when the coordinator was restarted; later ones are known from its journal and go on with Watch.
         async fn join(
             &self,
             request: tonic::Request<super::JoinRequest>,
@@ -1071,6 +1076,24 @@ pub struct DrainResponse {
     #[prost(message, optional, tag = "1")]
     pub header: ::core::option::Option<ResponseHeader>,
 }
+#[derive(Clone, PartialEq, Eq, Hash, ::prost::Message)]
+pub struct ReportProcessEndedRequest {
+    #[prost(string, tag = "1")]
+    pub request_id: ::prost::alloc::string::String,
+    #[prost(uint32, tag = "2")]
+    pub rank: u32,
+    /// How it ended, in words, such as "was ended by SIGKILL".
+    #[prost(string, tag = "3")]
+    pub message: ::prost::alloc::string::String,
+    /// Its exit code, 128 + n for a signal.
+    #[prost(uint32, tag = "4")]
+    pub exit_code: u32,
+}
+#[derive(Clone, PartialEq, Eq, Hash, ::prost::Message)]
+pub struct ReportProcessEndedResponse {
+    #[prost(message, optional, tag = "1")]
+    pub header: ::core::option::Option<ResponseHeader>,
+}
 /// Generated client implementations.
 pub mod job_service_client {
     #![allow(
@@ -1224,6 +1247,33 @@ pub mod job_service_client {
                 .insert(GrpcMethod::new("weightcast.v1.JobService", "Drain"));
             self.inner.unary(req, path, codec).await
         }
+        /// A launcher saw a rank's process end with failure; told at once, so that nobody waits for the rank's lease.
+        pub async fn report_process_ended(
+            &mut self,
+            request: impl tonic::IntoRequest<super::ReportProcessEndedRequest>,
+        ) -> std::result::Result<
+            tonic::Response<super::ReportProcessEndedResponse>,
+            tonic::Status,
+        > {
+            self.inner
+                .ready()
+                .await
+                .map_err(|e| {
+                    tonic::Status::unknown(
+                        format!("Service was not ready: {}", e.into()),
+                    )
+                })?;
+            let codec = tonic_prost::ProstCodec::default();
+            let path = http::uri::PathAndQuery::from_static(
+                "/weightcast.v1.JobService/ReportProcessEnded",
+            );
+            let mut req = request.into_request();
+            req.extensions_mut()
+                .insert(
+                    GrpcMethod::new("weightcast.v1.JobService", "ReportProcessEnded"),
+                );
+            self.inner.unary(req, path, codec).await
+        }
     }
 }
 /// Generated server implementations.
@@ -1260,6 +1310,14 @@ pub mod job_service_server {
             &self,
             request: tonic::Request<super::DrainRequest>,
         ) -> std::result::Result<tonic::Response<super::DrainResponse>, tonic::Status>;
+        /// A launcher saw a rank's process end with failure; told at once, so that nobody waits for the rank's lease.
+        async fn report_process_ended(
+            &self,
+            request: tonic::Request<super::ReportProcessEndedRequest>,
+        ) -> std::result::Result<
+            tonic::Response<super::ReportProcessEndedResponse>,
+            tonic::Status,
+        >;
     }
     /// What a person or a scheduler asks of a running job.
     #[derive(Debug)]
@@ -1456,6 +1514,52 @@ pub mod job_service_server {
                     let inner = self.inner.clone();
                     let fut = async move {
                         let method = DrainSvc(inner);
+                        let codec = tonic_prost::ProstCodec::default();
+                        let mut grpc = tonic::server::Grpc::new(codec)
+                            .apply_compression_config(
+                                accept_compression_encodings,
+                                send_compression_encodings,
+                            )
+                            .apply_max_message_size_config(
+                                max_decoding_message_size,
+                                max_encoding_message_size,
+                            );
+                        let res = grpc.unary(method, req).await;
+                        Ok(res)
+                    };
+                    Box::pin(fut)
+                }
+                "/weightcast.v1.JobService/ReportProcessEnded" => {
+                    #[allow(non_camel_case_types)]
+                    struct ReportProcessEndedSvc<T: JobService>(pub Arc<T>);
+                    impl<
+                        T: JobService,
+                    > tonic::server::UnaryService<super::ReportProcessEndedRequest>
+                    for ReportProcessEndedSvc<T> {
+                        type Response = super::ReportProcessEndedResponse;
+                        type Future = BoxFuture<
+                            tonic::Response<Self::Response>,
+                            tonic::Status,
+                        >;
+                        fn call(
+                            &mut self,
+                            request: tonic::Request<super::ReportProcessEndedRequest>,
+                        ) -> Self::Future {
+                            let inner = Arc::clone(&self.0);
+                            let fut = async move {
+                                <T as JobService>::report_process_ended(&inner, request)
+                                    .await
+                            };
+                            Box::pin(fut)
+                        }
+                    }
+                    let accept_compression_encodings = self.accept_compression_encodings;
+                    let send_compression_encodings = self.send_compression_encodings;
+                    let max_decoding_message_size = self.max_decoding_message_size;
+                    let max_encoding_message_size = self.max_encoding_message_size;
+                    let inner = self.inner.clone();
+                    let fut = async move {
+                        let method = ReportProcessEndedSvc(inner);
                         let codec = tonic_prost::ProstCodec::default();
                         let mut grpc = tonic::server::Grpc::new(codec)
                             .apply_compression_config(

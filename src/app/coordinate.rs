@@ -1,0 +1,192 @@
+//! `weightcast coordinator`: a coordinator that is a process of its own, and may be started again.
+
+use std::net::SocketAddr;
+use std::path::{Path, PathBuf};
+use std::time::Duration;
+
+use super::launch::{Audience, JOIN_DEADLINE, job_record};
+use super::prepare::{PrepareError, Prepared};
+use super::running::{RunFile, RunFileError};
+use crate::config::JobConfig;
+use crate::coordinator::{
+    Coordinator, CoordinatorConfig, CoordinatorError, Interrupted, JobRecord, Journal, JournalError, View,
+};
+use crate::error::{Classify, Kind};
+use crate::load::LoadReport;
+use crate::rpc::{Listener, ServeError, Token, TokenError, serve};
+use crate::tasks::{Tasks, blocking};
+
+/// How long those who follow the job may take to hear of its end.
+const FAREWELL: Duration = Duration::from_secs(3);
+/// How often is looked whether they have.
+const FAREWELL_TICK: Duration = Duration::from_millis(20);
+
+/// Where a coordinator works.
+#[derive(Clone, Debug)]
+pub struct CoordinatorPlace {
+    /// Where to listen; after a restart, port 0 stands for the port of before, which the ranks know.
+    pub listen: SocketAddr,
+    /// Whether other hosts may talk to it without encryption.
+    pub is_insecure: bool,
+    /// The directory of its journal.
+    pub state_directory: PathBuf,
+    /// The job's token; made in the state directory when absent.
+    pub token_file: Option<PathBuf>,
+}
+
+/// How a job of its own coordinator ended.
+#[derive(Debug)]
+pub struct Coordinated {
+    /// The last snapshot.
+    pub view: View,
+    /// The figures of the ranks' loads.
+    pub loads: Vec<LoadReport>,
+}
+
+/// Why a coordinator cannot work.
+#[derive(Debug, thiserror::Error)]
+#[non_exhaustive]
+pub enum CoordinateError {
+    /// The job.
+    #[error(transparent)]
+    Prepare(#[from] PrepareError),
+    /// The journal.
+    #[error(transparent)]
+    Journal(#[from] JournalError),
+    /// The coordinator.
+    #[error(transparent)]
+    Coordinator(#[from] CoordinatorError),
+    /// The token.
+    #[error(transparent)]
+    Token(#[from] TokenError),
+    /// The port.
+    #[error(transparent)]
+    Serve(#[from] ServeError),
+    /// The file that tells of a running job.
+    #[error(transparent)]
+    RunFile(#[from] RunFileError),
+    /// Other hosts could read the job's secrets.
+    #[error(
+        "--listen {address}: expected an address of this host alone, because calls are not encrypted; \
+             --insecure allows any"
+    )]
+    NotLoopback {
+        /// The address.
+        address: SocketAddr,
+    },
+}
+
+impl Classify for CoordinateError {
+    fn kind(&self) -> Kind {
+        match self {
+            Self::Prepare(source) => source.kind(),
+            Self::Journal(source) => source.kind(),
+            Self::Coordinator(source) => source.kind(),
+            Self::Token(source) => source.kind(),
+            Self::Serve(source) => source.kind(),
+            Self::RunFile(source) => source.kind(),
+            Self::NotLoopback { .. } => Kind::Conflict,
+        }
+    }
+}
+
+/// Coordinates one job to its end: the one that a coordinator before this one has left in the state directory, or the one
+/// that `prepare` makes.
+///
+/// # Errors
+/// [`CoordinateError`] when it cannot start; a job that fails is a [`Coordinated`].
+pub async fn coordinate(
+    config: JobConfig,
+    place: CoordinatorPlace,
+    prepare: impl FnOnce(&JobConfig) -> Result<Prepared, PrepareError> + Send + 'static,
+    audience: Audience,
+) -> Result<Coordinated, CoordinateError> {
+    if !place.listen.ip().is_loopback() && !place.is_insecure {
+        return Err(CoordinateError::NotLoopback { address: place.listen });
+    }
+    let journal = Journal::open(&place.state_directory)?;
+    private(&place.state_directory);
+    let token = token(&place)?;
+    let mut tasks = Tasks::new();
+    let (record, listener, left) = match journal.interrupted()? {
+        Some(Interrupted { record, generation, end }) => {
+            let address = if place.listen.port() == 0 { record.listens } else { place.listen };
+            (audience.note)(&format!("going on with job {}, which another coordinator has left", record.job));
+            (record, Listener::bind(address).await?, Some((generation, end)))
+        }
+        None => {
+            let listener = Listener::bind(place.listen).await?;
+            let address = listener.address();
+            let record =
+                blocking(move || Ok::<_, PrepareError>(job_record(&config, prepare(&config)?, address))).await?;
+            journal.begin(&record)?;
+            (record, listener, None)
+        }
+    };
+    (audience.note)(&format!("coordinator of job {} listens on {}", record.job, listener.address()));
+    let directory = RunFile::directory()?;
+    announce(&record, listener.address(), &token, &directory)?;
+    // When only the end is left to be told, ranks that lost the coordinator before this one are still on their way here.
+    let ended_before = left.as_ref().is_some_and(|(_, end)| end.is_some());
+    let farewell = if ended_before { FAREWELL } else { Duration::ZERO };
+    let config = CoordinatorConfig {
+        record,
+        join_deadline: JOIN_DEADLINE,
+        journal: journal.clone(),
+        is_restartable: true,
+        left,
+    };
+    let coordinator = Coordinator::start(config, &mut tasks)?;
+    serve(coordinator.clone(), token, listener, &mut tasks);
+    crate::faults::point("coordinator.serves");
+    let view = until_over(&coordinator, audience, farewell).await;
+    crate::faults::point("coordinator.over");
+    journal.close()?;
+    RunFile::remove(&directory);
+    let loads = coordinator.loads();
+    tasks.shut_down(Duration::from_millis(500)).await;
+    Ok(Coordinated { view, loads })
+}
+
+/// Follows the job to its end, and stays until its ranks have heard of it, for at least as long as `least`.
+async fn until_over(coordinator: &Coordinator, mut audience: Audience, least: Duration) -> View {
+    let mut views = coordinator.views();
+    let view = loop {
+        let view = views.borrow_and_update().clone();
+        (audience.view)(&view);
+        if view.is_over() || views.changed().await.is_err() {
+            break view;
+        }
+    };
+    let over = crate::clock::now();
+    while over.elapsed() < least || (coordinator.is_followed() && over.elapsed() < FAREWELL) {
+        tokio::time::sleep(FAREWELL_TICK).await;
+    }
+    view
+}
+
+fn announce(record: &JobRecord, address: SocketAddr, token: &Token, directory: &Path) -> Result<(), RunFileError> {
+    let run = RunFile {
+        job: record.job.to_string(),
+        coordinator: address.to_string(),
+        token_file: token.path().to_owned(),
+        process_id: std::process::id(),
+    };
+    run.write(directory)
+}
+
+/// The journal holds the data plane's secret.
+fn private(directory: &Path) {
+    if let Err(errno) = rustix::fs::chmod(directory, rustix::fs::Mode::RWXU) {
+        tracing::warn!(directory = %directory.display(), %errno, "cannot restrict the directory to this user");
+    }
+}
+
+fn token(place: &CoordinatorPlace) -> Result<Token, TokenError> {
+    let own = Token::at(place.token_file.clone().unwrap_or_else(|| place.state_directory.join("token")));
+    match own.header() {
+        Ok(_) => Ok(own),
+        Err(error) if place.token_file.is_some() || error.kind() != Kind::NotFound => Err(error),
+        Err(_) => Token::create(&place.state_directory),
+    }
+}

@@ -1,0 +1,80 @@
+//! Single calls to the coordinator: with the token, a deadline, and refusals in words.
+
+use std::net::{IpAddr, Ipv4Addr, Ipv6Addr, ToSocketAddrs as _, UdpSocket};
+use std::time::Duration;
+
+use tonic::Streaming;
+use weightcast_proto::v1;
+
+use super::{WorkerConfig, WorkerError};
+use crate::error::chain;
+use crate::rpc::{Clients, describe_status, kind_of, request};
+
+/// Between tries to reach the coordinator.
+pub(super) const RETRY_DELAY: Duration = Duration::from_millis(200);
+
+/// A rank's membership, as the coordinator granted it.
+pub(super) struct Joined {
+    pub(super) id: String,
+    pub(super) renew_interval: Duration,
+}
+
+pub(super) async fn send_join(
+    clients: &mut Clients,
+    config: &WorkerConfig,
+    join: &v1::JoinRequest,
+) -> Result<Joined, WorkerError> {
+    crate::faults::point("worker.join");
+    let joined = clients.worker.join(request(&config.token, join.clone())?).await.map_err(refused(config, "join"))?;
+    crate::faults::point("worker.joined");
+    let v1::JoinResponse { member_id: id, renew_interval_ms, .. } = joined.into_inner();
+    Ok(Joined { id, renew_interval: Duration::from_millis(u64::from(renew_interval_ms.max(10))) })
+}
+
+pub(super) fn refused(config: &WorkerConfig, action: &'static str) -> impl Fn(tonic::Status) -> WorkerError + use<> {
+    let rank = config.rank.0;
+    move |status| WorkerError::Refused { rank, action, message: describe_status(&status), kind: kind_of(&status) }
+}
+
+/// Asks for an orderly end, with a checkpoint if the job can write one and has none.
+pub(super) async fn drain(clients: &mut Clients, config: &WorkerConfig) -> Result<(), String> {
+    let request_id = format!("drain-{}-{:x}", config.rank, crate::clock::unix_ns());
+    let message = v1::DrainRequest { request_id, save: true };
+    let message = request(&config.token, message).map_err(|error| chain(&error))?;
+    clients.job.drain(message).await.map(drop).map_err(|status| describe_status(&status))
+}
+
+/// Connects, joins and opens the watch. All of it may be repeated with the same join.
+pub(super) async fn enter(
+    config: &WorkerConfig,
+    join: &v1::JoinRequest,
+) -> Result<(Clients, Joined, Streaming<v1::WatchResponse>), WorkerError> {
+    let mut clients = Clients::connect(&config.coordinator).await?;
+    let member = send_join(&mut clients, config, join).await?;
+    let snapshots = open_watch(&mut clients, config, &member.id).await.map_err(refused(config, "watch"))?;
+    Ok((clients, member, snapshots))
+}
+
+/// A watch has no deadline: keepalive ends it when the coordinator is gone.
+pub(super) async fn open_watch(
+    clients: &mut Clients,
+    config: &WorkerConfig,
+    member: &str,
+) -> Result<Streaming<v1::WatchResponse>, tonic::Status> {
+    let mut message = tonic::Request::new(v1::WatchRequest { member_id: member.to_owned() });
+    let header = config.token.header().map_err(|error| tonic::Status::unauthenticated(error.to_string()))?;
+    message.metadata_mut().insert("authorization", header);
+    Ok(clients.worker.watch(message).await?.into_inner())
+}
+
+/// This host's address on the way to the coordinator, which is on the network that its peers are on too.
+pub(super) fn ip_towards(coordinator: &str) -> std::io::Result<IpAddr> {
+    let mut addresses = coordinator.to_socket_addrs()?;
+    let no_address = || std::io::Error::new(std::io::ErrorKind::NotFound, format!("{coordinator} has no address"));
+    let peer = addresses.next().ok_or_else(no_address)?;
+    let any: IpAddr = if peer.is_ipv4() { Ipv4Addr::UNSPECIFIED.into() } else { Ipv6Addr::UNSPECIFIED.into() };
+    // Connecting a datagram socket chooses a route and sends nothing.
+    let socket = UdpSocket::bind((any, 0))?;
+    socket.connect(peer)?;
+    Ok(socket.local_addr()?.ip())
+}
