@@ -64,7 +64,7 @@ struct Shared {
     plan_bytes: Vec<u8>,
     job: JobId,
     incarnation: String,
-    next_step: Step,
+    next_step: Option<Step>,
     loads: Mutex<Vec<LoadReport>>,
 }
 
@@ -111,7 +111,7 @@ impl Coordinator {
         let plan_bytes = config.plan.encode();
         let (events, queue) = mpsc::channel(QUEUE);
         let incarnation = format!("{:x}-{}", crate::clock::unix_ns(), std::process::id());
-        let next_step = config.after_load.save.unwrap_or_default();
+        let next_step = config.checkpoint_root.as_ref().map(|_| config.after_load.save.unwrap_or_default());
         let (owner, views) =
             owner::Owner::new(settings, config, journal, LoadPlan::sha256(&plan_bytes), events.clone());
         tasks.spawn("coordinator", owner.run(queue));
@@ -191,9 +191,9 @@ impl Coordinator {
         loads
     }
 
-    /// The step that a checkpoint saved now would have.
+    /// The step that a checkpoint saved now would have; none when the job has no place for one.
     #[must_use]
-    pub fn next_step(&self) -> Step {
+    pub fn next_step(&self) -> Option<Step> {
         self.shared.next_step
     }
 }

@@ -18,7 +18,7 @@ use crate::comm::{CommError, Group};
 use crate::error::{Classify, Kind, chain};
 use crate::plan::{LoadPlan, PLAN_VERSION};
 use crate::rpc::{Clients, ConnectError, TokenError, describe_status, kind_of, request};
-use crate::tasks::{Tasks, spawn_thread};
+use crate::tasks::{Tasks, spawn_thread, survive_file_size_limit};
 use crate::types::{Generation, Step};
 
 /// After a failure of its own a rank waits this long for the coordinator to name the cause, which may be another rank.
@@ -113,6 +113,7 @@ impl WorkerError {
 /// # Errors
 /// [`WorkerError`], whose exit code the process ends with.
 pub async fn run(config: WorkerConfig) -> Result<Ended, WorkerError> {
+    survive_file_size_limit().map_err(|source| WorkerError::System { what: "handling SIGXFSZ", source })?;
     let port = TcpPort::bind(config.data_ip)?;
     let mut tasks = Tasks::new();
     let (mut session, mut snapshots) = Session::join(&config, port.address()).await?;
@@ -234,7 +235,10 @@ impl Session {
                 let save = config.checkpoint_root.is_some();
                 let request_id = format!("drain-{}-{:x}", config.rank, crate::clock::unix_ns());
                 let Ok(message) = request(&config.token, v1::DrainRequest { request_id, save }) else { continue };
-                if let Err(status) = clients.job.drain(message).await {
+                if let Err(status) = clients.job.drain(message).await
+                    // A job that is over needs no request to end.
+                    && kind_of(&status) != Kind::Fenced
+                {
                     tracing::warn!(
                         reason = describe_status(&status),
                         "the coordinator did not take the request to end"
