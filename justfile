@@ -9,3 +9,8 @@ demo:
 # Generate the gRPC code again after a change of the contract.
 proto:
     WEIGHTCAST_UPDATE_PROTO=1 cargo test -p weightcast-proto
+
+# Fuzz one parser (fuzz/README.md), for ten minutes unless told otherwise.
+fuzz target seconds="600":
+    mkdir -p fuzz/corpus/{{target}}
+    RUSTC_BOOTSTRAP=1 cargo fuzz run {{target}} fuzz/corpus/{{target}} fuzz/seeds/{{target}} -- -max_total_time={{seconds}} -rss_limit_mb=512 -timeout=5 -max_len=65536 -dict=fuzz/json.dict

@@ -14,7 +14,7 @@ use crate::coordinator::{
 use crate::error::{Classify, Kind};
 use crate::load::LoadReport;
 use crate::rpc::{Listener, ServeError, Token, TokenError, serve};
-use crate::tasks::{Tasks, blocking};
+use crate::tasks::{Tasks, blocking, survive_file_size_limit};
 
 /// How long those who follow the job may take to hear of its end.
 const FAREWELL: Duration = Duration::from_secs(3);
@@ -65,6 +65,12 @@ pub enum CoordinateError {
     /// The file that tells of a running job.
     #[error(transparent)]
     RunFile(#[from] RunFileError),
+    /// Something of this host.
+    #[error("handling signals: {source}")]
+    Signals {
+        /// The system's error.
+        source: std::io::Error,
+    },
     /// Other hosts could read the job's secrets.
     #[error(
         "--listen {address}: expected an address of this host alone, because calls are not encrypted; \
@@ -85,6 +91,7 @@ impl Classify for CoordinateError {
             Self::Token(source) => source.kind(),
             Self::Serve(source) => source.kind(),
             Self::RunFile(source) => source.kind(),
+            Self::Signals { .. } => Kind::Internal,
             Self::NotLoopback { .. } => Kind::Conflict,
         }
     }
@@ -104,6 +111,7 @@ pub async fn coordinate(
     if !place.listen.ip().is_loopback() && !place.is_insecure {
         return Err(CoordinateError::NotLoopback { address: place.listen });
     }
+    survive_file_size_limit().map_err(|source| CoordinateError::Signals { source })?;
     let journal = Journal::open(&place.state_directory)?;
     private(&place.state_directory);
     let token = token(&place)?;

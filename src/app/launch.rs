@@ -19,7 +19,7 @@ use crate::error::{Classify, Kind};
 use crate::load::{LoadReport, logical_digests};
 use crate::membership::AfterLoad;
 use crate::rpc::{Listener, ServeError, Token, TokenError, serve};
-use crate::tasks::Tasks;
+use crate::tasks::{Tasks, survive_file_size_limit};
 use crate::types::{Fqn, JobId, Rank, TensorDigest};
 
 /// Ranks of one host join within seconds; a scheduler may take minutes to place the last one.
@@ -114,6 +114,7 @@ impl std::fmt::Debug for Audience {
 /// # Errors
 /// [`LaunchJobError`] when it cannot be started; a job that fails later is a [`Launched`] with its report.
 pub async fn launch(job: LaunchJob, audience: Audience) -> Result<Launched, LaunchJobError> {
+    survive_file_size_limit().map_err(|source| LaunchJobError::Signals { source })?;
     let directory = RunFile::directory()?;
     let result = launch_in(job, &directory, audience).await;
     RunFile::remove(&directory);

@@ -3,7 +3,7 @@
 use serde_json::json;
 
 use super::args::CoordinatorFlags;
-use super::output::{fail, fail_with, json, say};
+use super::output::{fail, fail_with, json, refuse, say};
 use super::progress::ProgressLine;
 use crate::app::{Audience, Coordinated, CoordinatorPlace, coordinate, prepare_with};
 use crate::config::JobConfig;
@@ -33,7 +33,7 @@ pub(super) fn run(flags: CoordinatorFlags) -> u8 {
         Audience { note: |note| say(&format!("[coordinator] {note}")), view: Box::new(move |view| line.show(view)) };
     match runtime.block_on(coordinate(config, place, plan, audience)) {
         Ok(coordinated) => finish(&coordinated, json),
-        Err(error) => fail(&error),
+        Err(error) => refuse(&error),
     }
 }
 

@@ -4,7 +4,7 @@ use serde_json::json;
 use weightcast_launcher::{Environment, Event, EventSink, Launch, LaunchArgs, run as run_ranks, stop_channel};
 
 use super::args::LaunchFlags;
-use super::output::{bytes, fail, fail_with, json, say};
+use super::output::{bytes, fail, fail_with, json, refuse, say};
 use super::progress::ProgressLine;
 use crate::app::{Audience, CoordinatorAddress, LaunchJob, Launched, join, launch, prepare};
 use crate::config::JobConfig;
@@ -83,7 +83,7 @@ fn run_job(config: JobConfig, args: LaunchArgs, as_json: bool) -> u8 {
     };
     let prepared = match prepare(&config, world, &super::output::download) {
         Ok(prepared) => prepared,
-        Err(error) => return fail(&error),
+        Err(error) => return refuse(&error),
     };
     for skipped in &prepared.skipped {
         say(&format!("warning: {} was passed over: {}", skipped.directory, skipped.reason));

@@ -5,7 +5,7 @@ use std::io::Write as _;
 use tracing_subscriber::EnvFilter;
 
 use super::args::LogFormat;
-use crate::error::{Classify, chain};
+use crate::error::{Classify, Kind, chain};
 
 /// A line of data.
 pub(super) fn data(text: &str) {
@@ -29,6 +29,15 @@ pub(super) fn say(text: &str) {
 pub(super) fn fail<E: Classify + 'static>(error: &E) -> u8 {
     say(&format!("error: {}", chain(error)));
     error.kind().exit_code()
+}
+
+/// Says why nothing was started, and gives the exit code. Whoever asked has to change something before asking again: a hub
+/// or a disk that is out of reach counts as an environment that cannot work, and not as a peer that was lost.
+pub(super) fn refuse<E: Classify + 'static>(error: &E) -> u8 {
+    match fail(error) {
+        code if code == Kind::Unavailable.exit_code() => Kind::Conflict.exit_code(),
+        code => code,
+    }
 }
 
 /// Says an error that has its own exit code.

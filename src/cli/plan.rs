@@ -4,7 +4,7 @@ use serde_json::json;
 
 use super::args::PlanFlags;
 use super::devices::describe;
-use super::output::{bytes, data, fail, json, say};
+use super::output::{bytes, data, fail, json, refuse, say};
 use crate::app::{Prepared, prepare_with};
 use crate::config::{JobConfig, available_memory_bytes};
 use crate::plan::RankMemory;
@@ -20,7 +20,7 @@ pub(super) fn run(flags: &PlanFlags) -> u8 {
     let world = WorldSize::new(flags.ranks).unwrap_or(WorldSize::ONE);
     let prepared = match prepare_with(&config, world, available_memory_bytes(), &super::output::download) {
         Ok(prepared) => prepared,
-        Err(error) => return fail(&error),
+        Err(error) => return refuse(&error),
     };
     print(&prepared, flags.json);
     0

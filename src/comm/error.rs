@@ -173,6 +173,12 @@ impl CommError {
 impl Classify for CommError {
     fn kind(&self) -> Kind {
         match self {
+            // An address to listen on that is not this host's, or is taken: no peer is to blame.
+            Self::Io { source, .. }
+                if matches!(source.kind(), io::ErrorKind::AddrNotAvailable | io::ErrorKind::AddrInUse) =>
+            {
+                Kind::Conflict
+            }
             Self::Aborted { .. } | Self::PeerLost { .. } | Self::Io { .. } => Kind::Unavailable,
             Self::Deadline { .. } => Kind::Deadline,
             Self::Corrupt { .. } => Kind::Corrupt,

@@ -59,7 +59,7 @@ struct Shared {
     plan_bytes: Vec<u8>,
     job: JobId,
     incarnation: String,
-    next_step: Step,
+    next_step: Option<Step>,
     loads: Mutex<Vec<LoadReport>>,
     /// Held by everybody who follows the job.
     audience: Arc<()>,
@@ -101,7 +101,8 @@ impl Coordinator {
         let plan_bytes = config.record.plan.encode();
         let (events, queue) = mpsc::channel(QUEUE);
         let incarnation = format!("{:x}-{}", crate::clock::unix_ns(), std::process::id());
-        let next_step = config.record.after_load.save.unwrap_or_default();
+        let next_step =
+            config.record.checkpoint_root.as_ref().map(|_| config.record.after_load.save.unwrap_or_default());
         let (owner, views) = owner::Owner::new(config, LoadPlan::sha256(&plan_bytes), events.clone())?;
         tasks.spawn("coordinator", owner.run(queue));
         let job = views.borrow().job.clone();
@@ -196,9 +197,9 @@ impl Coordinator {
         loads
     }
 
-    /// The step that a checkpoint saved now would have.
+    /// The step that a checkpoint saved now would have; none when the job has no place for one.
     #[must_use]
-    pub fn next_step(&self) -> Step {
+    pub fn next_step(&self) -> Option<Step> {
         self.shared.next_step
     }
 }

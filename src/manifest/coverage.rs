@@ -123,6 +123,8 @@ impl Manifest {
                 usize::try_from(chunk.file).ok().and_then(|file| self.files.get(file).zip(by_file.get_mut(file)));
             let file_bytes = file.as_ref().map_or(0, |(file, _)| file.bytes);
             match file {
+                // An empty chunk shares no byte, and would hide that its neighbours do.
+                Some((file, _)) if chunk.range.end() <= file.bytes && chunk.range.is_empty() => {}
                 Some((file, ranges)) if chunk.range.end() <= file.bytes => ranges.push(chunk.range),
                 _ => {
                     let (range, file) = (chunk.range, chunk.file);
@@ -157,5 +159,80 @@ impl Manifest {
             }
         }
         Ok(())
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::manifest::{MANIFEST_VERSION, SavedChunk, SavedPart, SavedTensor, ShardFile, TrainerState};
+    use crate::plan::{Encoding, Placement};
+    use crate::types::{Attempt, DType, DigestTable, Generation, Rank, Shape, Step, TensorDigest, WorldSize};
+
+    fn chunk(file: u32, start: u64, len: u64, at: u64) -> SavedChunk {
+        let range = ByteRange::with_len(start, len).expect("small");
+        SavedChunk { file, range, at, digest: TensorDigest::unknown(len) }
+    }
+
+    /// A plain tensor of `bytes` bytes.
+    fn tensor(fqn: &str, bytes: u64, chunks: &[SavedChunk]) -> SavedTensor {
+        let (dtype, shape, chunks) = (DType::U8, Shape::from([bytes]), chunks.to_vec());
+        let part = SavedPart { part: Part::Weight, name: fqn.to_owned(), dtype, shape: shape.clone(), chunks };
+        SavedTensor {
+            fqn: fqn.into(),
+            shape,
+            encoding: Encoding::Plain { dtype },
+            sharded: false,
+            nested_offset: None,
+            digest: TensorDigest::unknown(bytes),
+            parts: vec![part],
+        }
+    }
+
+    /// Two files of 100 bytes.
+    fn manifest(tensors: Vec<SavedTensor>) -> Manifest {
+        let digest_table = DigestTable { bytes: 4, crc32c: 0 };
+        let file = |rank: u32| ShardFile { name: format!("file-{rank}"), rank: Rank(rank), bytes: 100, digest_table };
+        Manifest {
+            weightcast_manifest: MANIFEST_VERSION,
+            step: Step(0),
+            attempt: Attempt(1),
+            generation: Generation(1),
+            world: WorldSize::new(2).expect("not zero"),
+            placement: Placement::Shard,
+            model: "m".to_owned(),
+            config_json: None,
+            trainer: TrainerState::default(),
+            files: vec![file(0), file(1)],
+            tensors,
+            aliases: Vec::new(),
+        }
+    }
+
+    #[test]
+    fn fm_3_every_byte_is_in_one_chunk() {
+        let good = || tensor("a", 30, &[chunk(0, 0, 10, 0), chunk(1, 80, 20, 10)]);
+        let check = |tensors: Vec<SavedTensor>, expected: &str| {
+            let found = manifest(tensors).check_coverage();
+            let message = found.map_or_else(|error| error.to_string(), |()| "fine".to_owned());
+            assert!(message.contains(expected), "expected {expected}: {message}");
+        };
+        check(vec![good(), tensor("b", 5, &[chunk(0, 10, 5, 0)])], "fine");
+        check(vec![good(), good()], "tensor a stands twice");
+        check(vec![tensor("a", 30, &[chunk(0, 0, 10, 0)])], "tensor a: expected a chunk at byte 10, found one at 30");
+        check(vec![tensor("a", 20, &[chunk(0, 0, 10, 0), chunk(0, 10, 10, 9)])], "expected a chunk at byte 10");
+        check(vec![tensor("a", 20, &[chunk(0, 90, 20, 0)])], "tensor a");
+        check(vec![tensor("a", 20, &[chunk(2, 0, 20, 0)])], "tensor a");
+        let mut wrong = good();
+        wrong.parts[0].chunks[0].digest = TensorDigest::unknown(9);
+        check(vec![wrong], "the digest of chunk 0..10 is of 9 bytes");
+        let mut wrong = good();
+        wrong.encoding = Encoding::Int8;
+        check(vec![wrong], "its parts are not those of int8");
+        let other = |start: u64| tensor("b", 5, &[chunk(0, start, 5, 0)]);
+        check(vec![good(), other(9)], "file file-0: chunks 0..10 and 9..14 overlap");
+        // What happened: between two chunks that overlap an empty one hid it.
+        let empty = tensor("e", 0, &[chunk(0, 3, 0, 0)]);
+        check(vec![good(), empty, other(4)], "file file-0: chunks 0..10 and 4..9 overlap");
     }
 }

@@ -3,7 +3,7 @@
 use std::collections::btree_map::Entry;
 use std::collections::{BTreeMap, BTreeSet};
 
-use super::error::{MAX_NAMED_KEYS, ShapeMismatch};
+use super::error::{DTypeMismatch, MAX_NAMED_KEYS, ShapeMismatch};
 use super::skeleton::Skeleton;
 use super::{Architecture, KeyMismatch};
 use crate::format::ModelIndex;
@@ -77,7 +77,8 @@ impl Skeleton {
         if mismatch.is_empty() { Ok(binding) } else { Err(Box::new(mismatch)) }
     }
 
-    /// That every tensor is there in its shape.
+    /// That every tensor is there in its shape, and of numbers that can be parameters; a model of unknown architecture may
+    /// have others.
     fn check_bound(&self, index: &ModelIndex, binding: &mut Binding, mismatch: &mut KeyMismatch) {
         for tensor in &self.tensors {
             match binding.sources.get(&tensor.fqn).and_then(|source| index.tensors.get(source)) {
@@ -88,6 +89,12 @@ impl Skeleton {
                     if mismatch.mismatched.len() < MAX_NAMED_KEYS {
                         let (expected, found) = (tensor.shape.clone(), entry.shape.clone());
                         mismatch.mismatched.push(ShapeMismatch { fqn: tensor.fqn.clone(), expected, found });
+                    }
+                }
+                Some(entry) if self.architecture != Architecture::Generic && !entry.dtype.is_float() => {
+                    mismatch.not_float_count += 1;
+                    if mismatch.not_float.len() < MAX_NAMED_KEYS {
+                        mismatch.not_float.push(DTypeMismatch { fqn: tensor.fqn.clone(), found: entry.dtype });
                     }
                 }
                 Some(_) => {}

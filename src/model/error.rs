@@ -3,7 +3,7 @@
 use std::fmt;
 
 use crate::error::{Classify, Kind};
-use crate::types::{Fqn, Shape};
+use crate::types::{DType, Fqn, Shape};
 
 /// A model's configuration cannot be used.
 #[derive(Debug, thiserror::Error)]
@@ -106,6 +106,15 @@ pub struct ShapeMismatch {
     pub found: Shape,
 }
 
+/// A parameter whose element type in the files is none of floating point.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct DTypeMismatch {
+    /// The tensor, by the skeleton's name.
+    pub fqn: Fqn,
+    /// The files' element type.
+    pub found: DType,
+}
+
 /// The tensors of the files are not those of the skeleton; everything that differs, at once.
 #[derive(Clone, Debug, Default, PartialEq, Eq)]
 #[non_exhaustive]
@@ -120,13 +129,17 @@ pub struct KeyMismatch {
     pub mismatched: Vec<ShapeMismatch>,
     /// The number of tensors of another shape.
     pub mismatched_count: usize,
+    /// The first [`MAX_NAMED_KEYS`] parameters that are no floating point numbers.
+    pub not_float: Vec<DTypeMismatch>,
+    /// The number of parameters that are no floating point numbers.
+    pub not_float_count: usize,
     /// The format of weights that are quantized already, if the unexpected keys betray one.
     pub prequantized: Option<&'static str>,
 }
 
 impl KeyMismatch {
     pub(super) fn is_empty(&self) -> bool {
-        self.missing.count == 0 && self.unexpected.count == 0 && self.mismatched_count == 0
+        self.missing.count + self.unexpected.count + self.mismatched_count + self.not_float_count == 0
     }
 }
 
@@ -149,6 +162,13 @@ impl fmt::Display for KeyMismatch {
                 .map(|one| format!("{}: expected {}, found {}", one.fqn, one.expected, one.found))
                 .collect();
             write_list(f, &texts, self.mismatched_count)?;
+            separator = ", ";
+        }
+        if self.not_float_count > 0 {
+            write!(f, "{separator}{} of another type (", self.not_float_count)?;
+            let text = |one: &DTypeMismatch| format!("{}: expected floating point, found {}", one.fqn, one.found);
+            let texts: Vec<String> = self.not_float.iter().map(text).collect();
+            write_list(f, &texts, self.not_float_count)?;
         }
         match self.prequantized {
             Some(format) => write!(f, "; the weights are quantized already, by {format}"),

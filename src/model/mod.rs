@@ -23,7 +23,7 @@ mod skeleton;
 
 pub use bind::Binding;
 pub use config::{Architecture, AttentionBias, ModelConfig, ModelHead};
-pub use error::{KeyList, KeyMismatch, MAX_NAMED_KEYS, ModelError, ShapeMismatch};
+pub use error::{DTypeMismatch, KeyList, KeyMismatch, MAX_NAMED_KEYS, ModelError, ShapeMismatch};
 pub use generate::{DEFAULT_FILE_BYTES, GenerateError, GenerateRequest, NewFile, NewModel, generate, parse_parameters};
 pub use inspect::{Inspection, inspect};
 pub use rope::{RopeParameters, RopeScaling, Yarn};

@@ -152,6 +152,15 @@ fn mo_1_everything_that_differs_is_named_at_once() {
     ] {
         assert!(text.contains(part), "{text}");
     }
+    // What happened: a matrix of int16 was loaded as it was, because it was as wide as the bfloat16 that it should be.
+    let mut index = index_of(tensors_of(&skeleton));
+    for name in ["model.norm.weight", "lm_head.weight"] {
+        index.tensors.get_mut(name).expect("it is there").dtype = DType::I16;
+    }
+    let error = skeleton.bind(&index).expect_err("no parameters");
+    assert_eq!(error.not_float_count, 2);
+    let text = error.to_string();
+    assert!(text.contains("2 of another type (model.norm.weight: expected floating point, found I16, "), "{text}");
     // The lists are bounded, the counts are not.
     let error = skeleton.bind(&index_of([])).expect_err("nothing there");
     assert_eq!((error.missing.count, error.missing.first.len()), (skeleton.tensors.len(), MAX_NAMED_KEYS));

@@ -127,6 +127,16 @@ mod tests {
         }
     }
 
+    /// What happened: the elements of a row were counted without a look at the number of rows, and did not fit 64 bits.
+    #[test]
+    fn rows_that_are_too_long_to_count_are_kept_by_nobody() {
+        let world = WorldSize::new(3).expect("not zero");
+        let tensor = tensor([0, 1 << 40, 1 << 40].into(), Encoding::Plain { dtype: DType::F32 });
+        for rank in world.ranks() {
+            assert!(tensor.holdings(rank, world).iter().all(|holding| holding.kept.is_empty()));
+        }
+    }
+
     /// By hand: 10 rows over 4 ranks are cut at 2, 5, 7; at granule 16, 100 rows of 100 over 3 are cut at 32 and 64.
     #[test]
     fn cuts_by_hand() {

@@ -157,10 +157,11 @@ pub struct StoredChunk {
 }
 
 impl TensorPlan {
-    /// Elements of one row (the product of all dims but the first); 1 for a scalar.
+    /// Elements of one row (the product of all dims but the first); 1 for a scalar. A tensor without rows may have rows
+    /// that are too long to count: then as many as 64 bits can.
     #[must_use]
     pub fn row_elements(&self) -> u64 {
-        self.shape.0.iter().skip(1).product()
+        self.shape.0.iter().skip(1).fold(1, |product: u64, &size| product.saturating_mul(size))
     }
 
     /// The number of elements. The plan was checked for overflow when it was made.

@@ -33,7 +33,9 @@ impl JobService for JobServer {
         request: Request<v1::SaveCheckpointRequest>,
     ) -> Result<Response<v1::SaveCheckpointResponse>, Status> {
         expect_deadline(&request)?;
-        let step = self.coordinator.next_step();
+        let Some(step) = self.coordinator.next_step() else {
+            return Err(Status::failed_precondition("the job has no checkpoint directory"));
+        };
         self.coordinator.apply(Event::SaveRequested(step)).await.map_err(|refusal| status(&refusal))?;
         let views = self.coordinator.views();
         let view = views.borrow();
@@ -47,9 +49,8 @@ impl JobService for JobServer {
 
     async fn drain(&self, request: Request<v1::DrainRequest>) -> Result<Response<v1::DrainResponse>, Status> {
         expect_deadline(&request)?;
-        // A job without a place for checkpoints ends without one.
-        let can_save = self.coordinator.views().borrow().checkpoint_root.is_some();
-        let step = (request.get_ref().save && can_save).then(|| self.coordinator.next_step());
+        // A job without a place for checkpoints ends as well, with nothing to save.
+        let step = self.coordinator.next_step().filter(|_| request.get_ref().save);
         self.coordinator.apply(Event::DrainRequested(step)).await.map_err(|refusal| status(&refusal))?;
         let views = self.coordinator.views();
         let header = convert::header(&self.coordinator, &views.borrow());

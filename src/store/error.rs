@@ -51,11 +51,11 @@ pub enum StoreError {
         source: io::Error,
     },
     /// There is no room, or a quota is used up.
-    #[error("no space left for {path}: {needed_bytes} bytes needed")]
+    #[error("no space left for {path}{}", needed(*needed_bytes))]
     NoSpace {
         /// The file.
         path: String,
-        /// The bytes that were asked for.
+        /// The bytes that were asked for; 0 when that is not known, as when there is no room for one more file.
         needed_bytes: u64,
     },
     /// The name exists already.
@@ -94,12 +94,18 @@ pub enum StoreError {
     },
 }
 
+fn needed(bytes: u64) -> String {
+    if bytes == 0 { String::new() } else { format!(": {bytes} bytes needed") }
+}
+
 impl StoreError {
     pub(super) fn io(operation: Operation, path: &std::path::Path, source: io::Error) -> Self {
         let path = path.display().to_string();
         match source.kind() {
             io::ErrorKind::AlreadyExists => Self::Exists { path },
-            io::ErrorKind::StorageFull | io::ErrorKind::QuotaExceeded => Self::NoSpace { path, needed_bytes: 0 },
+            io::ErrorKind::StorageFull | io::ErrorKind::QuotaExceeded | io::ErrorKind::FileTooLarge => {
+                Self::NoSpace { path, needed_bytes: 0 }
+            }
             _ => Self::Io { operation, path, source },
         }
     }

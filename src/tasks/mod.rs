@@ -1,7 +1,7 @@
 //! The one place that spawns: async tasks with a name and a common cancellation, joined with a deadline, and named
 //! threads for work that blocks.
 //!
-//! Owns: [`Tasks`] and [`spawn_thread`]. Refuses to know: what the work is.
+//! Owns: [`Tasks`], [`spawn_thread`] and the signals that would end the process in the middle of its work. Refuses to know: what the work is.
 //! `TK-1`: no task outlives its [`Tasks`]: dropping it aborts what is left.
 
 use std::future::Future;
@@ -45,6 +45,17 @@ impl Tasks {
             tracing::warn!(?deadline, "tasks did not end in time");
         }
     }
+}
+
+/// Makes a write beyond the limit on the size of files (`ulimit -f`, `LimitFSIZE=`) an error that names the file, rather
+/// than SIGXFSZ, which ends the process without a word. Holds until the process ends.
+///
+/// # Errors
+/// When the system refuses the handler.
+pub fn survive_file_size_limit() -> std::io::Result<()> {
+    let signal = tokio::signal::unix::SignalKind::from_raw(rustix::process::Signal::XFSZ.as_raw());
+    // A handler that was installed once stays; what it would tell is of no interest.
+    tokio::signal::unix::signal(signal).map(drop)
 }
 
 /// Starts a thread for work that blocks.

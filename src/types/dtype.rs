@@ -110,6 +110,12 @@ impl DType {
         }
     }
 
+    /// Whether this is a floating point type of any width: what parameters are.
+    #[must_use]
+    pub const fn is_float(self) -> bool {
+        matches!(self, Self::F8E5M2 | Self::F8E4M3 | Self::F16 | Self::BF16 | Self::F32 | Self::F64)
+    }
+
     /// Whether this is `F16`, `BF16` or `F32`: the types that weights are converted between and quantized from.
     #[must_use]
     pub const fn is_weight_float(self) -> bool {

@@ -7,7 +7,7 @@ use tonic::Streaming;
 use weightcast_proto::v1;
 
 use super::{WorkerConfig, WorkerError};
-use crate::error::chain;
+use crate::error::{Kind, chain};
 use crate::rpc::{Clients, describe_status, kind_of, request};
 
 /// Between tries to reach the coordinator.
@@ -41,7 +41,11 @@ pub(super) async fn drain(clients: &mut Clients, config: &WorkerConfig) -> Resul
     let request_id = format!("drain-{}-{:x}", config.rank, crate::clock::unix_ns());
     let message = v1::DrainRequest { request_id, save: true };
     let message = request(&config.token, message).map_err(|error| chain(&error))?;
-    clients.job.drain(message).await.map(drop).map_err(|status| describe_status(&status))
+    match clients.job.drain(message).await {
+        // A job that is over needs no request to end.
+        Err(status) if kind_of(&status) != Kind::Fenced => Err(describe_status(&status)),
+        Ok(_) | Err(_) => Ok(()),
+    }
 }
 
 /// Connects, joins and opens the watch. All of it may be repeated with the same join.

@@ -20,7 +20,7 @@ use crate::comm::tcp::TcpPort;
 use crate::error::{Kind, chain};
 use crate::plan::{LoadPlan, PLAN_VERSION};
 use crate::rpc::{Clients, describe_status, kind_of, request};
-use crate::tasks::{Tasks, spawn_thread};
+use crate::tasks::{Tasks, spawn_thread, survive_file_size_limit};
 use crate::types::{Attempt, Generation, Step};
 
 /// After a failure of its own a rank waits this long for the coordinator to name the cause, which may be another rank.
@@ -34,6 +34,7 @@ const CULPRIT_FIRST: Duration = Duration::from_millis(200);
 /// # Errors
 /// [`WorkerError`], whose exit code the process ends with.
 pub async fn run(config: WorkerConfig) -> Result<Ended, WorkerError> {
+    survive_file_size_limit().map_err(|source| WorkerError::System { what: "handling SIGXFSZ", source })?;
     let data_ip = match config.data_ip {
         Some(ip) => ip,
         None => ip_towards(&config.coordinator)

@@ -1,6 +1,9 @@
 //! What black-box tests share: a place of their own, processes that are found by a mark in their environment, waiting with
 //! a limit, and a small seeded generator. Refuses to know: what any test checks.
 
+pub(crate) mod model;
+pub(crate) mod refusal;
+
 use std::path::{Path, PathBuf};
 use std::process::{Child, Command, Stdio};
 use std::sync::Arc;
@@ -77,6 +80,7 @@ impl Place {
     pub(crate) fn finish(&self, arguments: &[&str]) -> Value {
         let ended = self.run(arguments);
         assert_eq!(ended.code, Some(0), "{arguments:?}: {}", ended.stderr);
+        ended.expect_quiet();
         ended.json()
     }
 
@@ -178,6 +182,17 @@ pub(crate) struct Ended {
 }
 
 impl Ended {
+    /// Nothing that a person should look at was said: an ordinary run has no warning.
+    pub(crate) fn expect_quiet(&self) {
+        let loud = |line: &&str| {
+            let line = line
+                .trim_start_matches(|sign: char| sign == '[' || sign == ']' || sign == ' ' || sign.is_ascii_digit());
+            [" WARN ", " ERROR "].iter().any(|level| line.contains(level))
+                || ["warning", "error"].iter().any(|word| line.starts_with(word))
+        };
+        assert_eq!(self.stderr.lines().find(loud), None, "{}", self.stderr);
+    }
+
     pub(crate) fn json(&self) -> Value {
         let parsed = serde_json::from_str(&self.stdout);
         parsed.unwrap_or_else(|error| panic!("stdout is no JSON: {error}: {:?}; {}", self.stdout, self.stderr))

@@ -23,6 +23,9 @@ use crate::clock;
 const CONNECT: Duration = Duration::from_secs(3);
 /// Between two attempts: at least this, and as much again by chance, so that nodes do not come in step.
 const PAUSE_MS: u64 = 100;
+/// After this long without a word of the rendezvous, a port of node 0's own that it cannot bind is somebody else's. Until
+/// then it may be that of a launcher that is about to end.
+const TAKEN: Duration = Duration::from_secs(1);
 /// Something is said about what is waited for after the first failure, and then this often.
 const REMINDER: Duration = Duration::from_secs(15);
 
@@ -58,17 +61,28 @@ async fn join_and_talk(
 ) -> Result<(), News> {
     let deadline = clock::now().monotonic.saturating_add(part.rules.join_timeout);
     let mut next_reminder = Duration::ZERO;
+    let taken_deadline = clock::now().monotonic.saturating_add(TAKEN);
     loop {
-        let failure = match find(&mut part, served).await {
+        let mut is_taken = false;
+        let failure = match find(&mut part, served, &mut is_taken).await {
             Ok(stream) => match talk(&part, stream, words, news).await {
                 Talk::Ended => return Ok(()),
                 Talk::Lost(text) => return Err(News::Lost(text)),
-                Talk::NotYet(text) => text,
+                Talk::Stranger(text) => text,
+                Talk::NotYet(text) => {
+                    is_taken = false;
+                    text
+                }
             },
             Err(Find::Forbidden(text)) => return Err(News::Refused(text)),
             Err(Find::NotYet(text)) => text,
         };
         let now = clock::now().monotonic;
+        if is_taken && now >= taken_deadline {
+            let text =
+                format!("its port is taken, and not by the rendezvous of this job ({failure}): give another port");
+            return Err(News::Refused(text));
+        }
         if now >= deadline {
             return Err(News::Lost(format!("{failure}, until the time to join was over")));
         }
@@ -90,13 +104,14 @@ enum Find {
     Forbidden(String),
 }
 
-/// Serves the rendezvous if that is this launcher's task, and connects to it.
-async fn find(part: &mut Part, served: &mut JoinSet<()>) -> Result<TcpStream, Find> {
+/// Serves the rendezvous if that is this launcher's task, and connects to it. Sets `is_taken` when it is node 0's task, and
+/// somebody has the port.
+async fn find(part: &mut Part, served: &mut JoinSet<()>, is_taken: &mut bool) -> Result<TcpStream, Find> {
     let (host, port) = (part.endpoint.host.clone(), part.endpoint.port);
     if served.is_empty() && part.join.node_rank == Some(0) && !is_loopback_name(&host) {
         // Its own name need not be known yet, and may be that of a service in front of it.
         for any in [IpAddr::V6(Ipv6Addr::UNSPECIFIED), IpAddr::V4(Ipv4Addr::UNSPECIFIED)] {
-            if serve(part, served, SocketAddr::new(any, port))? {
+            if serve(part, served, SocketAddr::new(any, port), is_taken)? {
                 break;
             }
         }
@@ -112,7 +127,7 @@ async fn find(part: &mut Part, served: &mut JoinSet<()>) -> Result<TcpStream, Fi
     let mut failure = format!("{host} has no address");
     for address in addresses {
         if served.is_empty() && may_serve {
-            serve(part, served, address)?;
+            serve(part, served, address, is_taken)?;
         }
         permit(part, address.ip())?;
         match connect(address).await {
@@ -124,7 +139,7 @@ async fn find(part: &mut Part, served: &mut JoinSet<()>) -> Result<TcpStream, Fi
 }
 
 /// Binds and serves; `false` when the address is not here, or taken, which means that somebody else serves.
-fn serve(part: &mut Part, served: &mut JoinSet<()>, address: SocketAddr) -> Result<bool, Find> {
+fn serve(part: &mut Part, served: &mut JoinSet<()>, address: SocketAddr, is_taken: &mut bool) -> Result<bool, Find> {
     let bind = || {
         let socket = if address.is_ipv4() { TcpSocket::new_v4()? } else { TcpSocket::new_v6()? };
         // A job that follows another on the same port must not wait for the old connections to be forgotten.
@@ -132,7 +147,13 @@ fn serve(part: &mut Part, served: &mut JoinSet<()>, address: SocketAddr) -> Resu
         socket.bind(address)?;
         socket.listen(1024)
     };
-    let Ok(listener): std::io::Result<TcpListener> = bind() else { return Ok(false) };
+    let listener: TcpListener = match bind() {
+        Ok(listener) => listener,
+        Err(error) => {
+            *is_taken |= part.join.node_rank == Some(0) && error.kind() == std::io::ErrorKind::AddrInUse;
+            return Ok(false);
+        }
+    };
     permit(part, address.ip())?;
     // Rank 0 may be here, and is then reached by the name that all nodes know.
     part.join.address.get_or_insert_with(|| part.endpoint.host.clone());
@@ -164,6 +185,8 @@ enum Talk {
     Ended,
     /// It had begun.
     Lost(String),
+    /// Whoever answers does not speak as a rendezvous of this job does.
+    Stranger(String),
     /// Refused, or lost before anything began; to be tried again.
     NotYet(String),
 }
@@ -179,8 +202,8 @@ async fn talk(
     let hands = timeout(CONNECT, shake_hands(reader, writer, Side::Launcher, token)).await;
     let (mut reader, mut writer) = match hands {
         Ok(Ok(channels)) => channels,
-        Ok(Err(error)) => return Talk::NotYet(crate::chain(&error)),
-        Err(_) => return Talk::NotYet("it does not answer".to_owned()),
+        Ok(Err(error)) => return Talk::Stranger(crate::chain(&error)),
+        Err(_) => return Talk::Stranger("it does not answer".to_owned()),
     };
     let mut is_member = false;
     let reading = async {
