@@ -18,9 +18,10 @@ use crate::coordinator::{Coordinator, CoordinatorConfig, CoordinatorError, View}
 use crate::error::{Classify, Kind};
 use crate::load::{LoadReport, logical_digests};
 use crate::membership::AfterLoad;
+use crate::plan::DeviceRule;
 use crate::rpc::{ServeError, Token, TokenError, serve};
 use crate::tasks::Tasks;
-use crate::types::{Fqn, JobId, Rank, TensorDigest};
+use crate::types::{Fqn, JobId, Rank, Sharing, TensorDigest};
 
 /// Ranks of one host join within seconds; a scheduler may take minutes to place the last one.
 const JOIN_DEADLINE: Duration = Duration::from_secs(600);
@@ -158,7 +159,7 @@ async fn launch_in(
     };
     run_file.write(directory)?;
 
-    let command = worker_command(&run_file, config.checkpoint.directory.as_ref());
+    let command = worker_command(&run_file, config.checkpoint.directory.as_ref(), plan.device);
     let mut launch = Launch::with_command(&args, &environment, command)?;
     launch.on_event = Some(event_sink(coordinator.clone(), audience.note));
     let (stopper, stop) = stop_channel();
@@ -174,11 +175,15 @@ async fn launch_in(
 }
 
 /// What every rank runs: this program, as a worker.
-fn worker_command(run: &RunFile, checkpoint_root: Option<&PathBuf>) -> RankCommand {
+fn worker_command(run: &RunFile, checkpoint_root: Option<&PathBuf>, device: DeviceRule) -> RankCommand {
     let mut environment: Vec<(OsString, OsString)> = vec![
         ("WEIGHTCAST_COORDINATOR".into(), run.coordinator.clone().into()),
         ("WEIGHTCAST_TOKEN_FILE".into(), run.token_file.clone().into()),
+        ("WEIGHTCAST_DEVICE".into(), device.device.name().into()),
     ];
+    if device.sharing == Sharing::Allowed {
+        environment.push(("WEIGHTCAST_SHARE_DEVICES".into(), "1".into()));
+    }
     if let Some(root) = checkpoint_root {
         let root = std::path::absolute(root).unwrap_or_else(|_| root.clone());
         environment.push(("WEIGHTCAST_CHECKPOINT_DIRECTORY".into(), root.into()));

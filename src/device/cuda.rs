@@ -184,6 +184,28 @@ impl Cuda {
         })
     }
 
+    /// Starts a copy to the device address `into` and returns before it has ended.
+    ///
+    /// # Safety
+    /// Both sides are live, the device's has as many bytes, and neither is touched until [`Cuda::wait`] has returned.
+    pub(super) unsafe fn start_copy_in(&self, into: u64, from: &[u8]) -> Result<(), DeviceError> {
+        self.bind()?;
+        // SAFETY: The caller's promise.
+        unsafe { result::memcpy_htod_async(into, from, self.stream.cu_stream()) }
+            .map_err(|error| failed(self.device(), "copying to the device", error))
+    }
+
+    /// Starts a copy from the device address `from` and returns before it has ended.
+    ///
+    /// # Safety
+    /// As for [`Cuda::start_copy_in`].
+    pub(super) unsafe fn start_copy_out(&self, into: &mut [u8], from: u64) -> Result<(), DeviceError> {
+        self.bind()?;
+        // SAFETY: The caller's promise.
+        unsafe { result::memcpy_dtoh_async(into, from, self.stream.cu_stream()) }
+            .map_err(|error| failed(self.device(), "copying from the device", error))
+    }
+
     fn check(&self, ordinal: u32) -> Result<(), DeviceError> {
         let (expected, found) = (self.device(), Device::Cuda { ordinal });
         if expected == found { Ok(()) } else { Err(DeviceError::WrongDevice { expected, found }) }
@@ -210,7 +232,8 @@ impl Cuda {
         started.and(waited)
     }
 
-    fn wait(&self) -> Result<(), DeviceError> {
+    /// Returns when everything put on the stream is done.
+    pub(super) fn wait(&self) -> Result<(), DeviceError> {
         self.stream.synchronize().map_err(|error| failed(self.device(), "waiting for the stream", error))
     }
 }

@@ -11,14 +11,15 @@ use super::proc_stat::peak_resident_bytes;
 use crate::checkpoint::{CheckpointError, WriteRequest, write_shard};
 use crate::comm::tcp::{DEFAULT_DEADLINE, DEFAULT_IDLE_DEADLINE, TcpConfig, TcpPort, connect};
 use crate::comm::{AbortHandle, CommError, Communicator, Group};
-use crate::error::{Classify, chain};
+use crate::device::Device;
+use crate::error::{Classify, Kind, chain};
 use crate::load::{Cancel, LoadError, LoadOptions, LoadReport, load};
 use crate::manifest::ShardReceipt;
 use crate::plan::{LoadPlan, Strategy};
 use crate::quant::Kernels;
 use crate::state::StateDict;
 use crate::store::LocalStore;
-use crate::types::{Generation, Rank, Step};
+use crate::types::{DeviceWish, Generation, Rank, Step};
 
 /// What the data thread is told to do.
 #[derive(Debug)]
@@ -83,6 +84,7 @@ pub(super) struct DataThread {
     pub(super) port: Option<TcpPort>,
     pub(super) watched: Watched,
     pub(super) checkpoint_root: Option<PathBuf>,
+    pub(super) device: Device,
     pub(super) held: Option<(LoadPlan, StateDict)>,
 }
 
@@ -104,9 +106,12 @@ impl DataThread {
         let LoadCommand { plan, group, generation, secret, peers } = command;
         self.watched.total_bytes.store(plan.kept_bytes(group.rank), Ordering::Relaxed);
         let store = LocalStore::new(&plan.root);
+        let device = placed(self.device, &plan, group.rank)?;
         let options = LoadOptions {
             rank: group.rank,
             store: &store,
+            device,
+            comm_device: Device::Host,
             kernels: Kernels::detect(),
             cancel: self.watched.cancel.clone(),
             done_bytes: self.watched.done_bytes.clone(),
@@ -159,6 +164,19 @@ impl DataThread {
             lost_peer: None,
         })?;
         Ok(Outcome::Saved { step, receipt: Box::new(receipt) })
+    }
+}
+
+/// Where the plan puts the weights of a rank that has `found`.
+fn placed(found: Device, plan: &LoadPlan, rank: Rank) -> Result<Device, Failure> {
+    match (plan.device.device, found) {
+        (DeviceWish::Cpu, _) => Ok(Device::Host),
+        (DeviceWish::Cuda, Device::Host) => Err(Failure {
+            message: format!("the plan places weights on CUDA devices, and rank {rank} has none"),
+            exit_code: Kind::NotFound.exit_code(),
+            lost_peer: None,
+        }),
+        (DeviceWish::Cuda | DeviceWish::Auto, found) => Ok(found),
     }
 }
 

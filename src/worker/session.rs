@@ -15,6 +15,7 @@ use super::data::{Command, DataThread, Failure, LoadCommand, Outcome, Watched};
 use super::proc_stat::peak_resident_bytes;
 use crate::comm::tcp::TcpPort;
 use crate::comm::{CommError, Group};
+use crate::device::{self, Device, DeviceError};
 use crate::error::{Classify, Kind, chain};
 use crate::plan::{LoadPlan, PLAN_VERSION};
 use crate::rpc::{Clients, ConnectError, TokenError, describe_status, kind_of, request};
@@ -88,6 +89,9 @@ pub enum WorkerError {
     /// The data plane cannot listen.
     #[error(transparent)]
     Comm(#[from] CommError),
+    /// There is no device for this rank.
+    #[error(transparent)]
+    Device(#[from] DeviceError),
 }
 
 impl WorkerError {
@@ -104,6 +108,7 @@ impl WorkerError {
             Self::CoordinatorLost { .. } => Kind::Unavailable.exit_code(),
             Self::System { .. } => Kind::Internal.exit_code(),
             Self::Comm(source) => source.kind().exit_code(),
+            Self::Device(source) => source.kind().exit_code(),
         }
     }
 }
@@ -114,14 +119,16 @@ impl WorkerError {
 /// [`WorkerError`], whose exit code the process ends with.
 pub async fn run(config: WorkerConfig) -> Result<Ended, WorkerError> {
     let port = TcpPort::bind(config.data_ip)?;
+    let device = device::assign(config.device, config.sharing, config.local, &device::probe())?;
     let mut tasks = Tasks::new();
-    let (mut session, mut snapshots) = Session::join(&config, port.address()).await?;
+    let (mut session, mut snapshots) = Session::join(&config, port.address(), device).await?;
     let (commands, work) = mpsc::sync_channel(1);
     let (report, mut outcomes) = async_mpsc::channel(1);
     let data = DataThread {
         port: Some(port),
         watched: session.watched.clone(),
         checkpoint_root: config.checkpoint_root.clone(),
+        device,
         held: None,
     };
     spawn_thread("data", move || data.run(&work, &report))
@@ -160,6 +167,7 @@ impl Session {
     async fn join(
         config: &WorkerConfig,
         data_address: SocketAddr,
+        device: Device,
     ) -> Result<(Self, Streaming<v1::WatchResponse>), WorkerError> {
         let mut clients = connect(config).await?;
         let join = v1::JoinRequest {
@@ -170,7 +178,7 @@ impl Session {
             process_id: std::process::id(),
             data_address: data_address.to_string(),
             protocol_version: PROTOCOL_VERSION,
-            device: "cpu".to_owned(),
+            device: describe_device(device),
         };
         let refused = |action| {
             let rank = config.rank.0;
@@ -443,6 +451,14 @@ impl Session {
         }
         let seconds = start.elapsed().as_secs();
         Err(WorkerError::CoordinatorLost { address: self.config.coordinator.clone(), seconds, reason })
+    }
+}
+
+/// As people read it in `weightcast status`.
+fn describe_device(device: Device) -> String {
+    match device {
+        Device::Host => "cpu".to_owned(),
+        Device::Cuda { .. } => device.to_string(),
     }
 }
 
