@@ -13,6 +13,7 @@ struct Place {
     directory: tempfile::TempDir,
     devices: u32,
     bytes: u64,
+    nccl: PathBuf,
 }
 
 /// Where cargo puts a library of the workspace: beside the test's own binary, or one level up.
@@ -31,7 +32,7 @@ impl Place {
             .expect("a new link");
         std::os::unix::fs::symlink(library("libweightcast_mock_cuda.so"), libraries.join("libcuda.so"))
             .expect("a new link");
-        Self { directory, devices, bytes: 8 << 30 }
+        Self { directory, devices, bytes: 8 << 30, nccl: library("libweightcast_mock_nccl.so") }
     }
 
     fn path(&self, name: &str) -> String {
@@ -39,15 +40,20 @@ impl Place {
     }
 
     fn run(&self, arguments: &[&str]) -> Output {
-        Command::new(env!("CARGO_BIN_EXE_weightcast"))
+        self.command(arguments).output().expect("the program starts")
+    }
+
+    fn command(&self, arguments: &[&str]) -> Command {
+        let mut command = Command::new(env!("CARGO_BIN_EXE_weightcast"));
+        command
             .args(arguments)
             .env("XDG_RUNTIME_DIR", self.path("run"))
             .env("LD_LIBRARY_PATH", self.path("lib"))
             .env("WEIGHTCAST_MOCK_CUDA_DEVICES", self.devices.to_string())
             .env("WEIGHTCAST_MOCK_CUDA_BYTES", self.bytes.to_string())
-            .stdin(Stdio::null())
-            .output()
-            .expect("the program starts")
+            .env("NCCL_LIBRARY", &self.nccl)
+            .stdin(Stdio::null());
+        command
     }
 
     /// Runs a job to its end; it must succeed.
@@ -80,7 +86,7 @@ fn weights_on_devices_are_those_on_the_host() {
     for flags in [&["--quantize", "nf4", "--double"][..], &["--quantize", "int8"], &[]] {
         for strategy in ["low-memory", "striped", "full"] {
             let place = Place::new(2);
-            let mut all = vec!["--model", MODEL, "--strategy", strategy, "--resume", "never", "--backend", "tcp"];
+            let mut all = vec!["--model", MODEL, "--strategy", strategy, "--resume", "never"];
             all.extend(flags);
             let host = place.finish(2, &[&all[..], &["--device", "cpu"]].concat());
             assert_eq!(devices(&host), ["host", "host"]);
@@ -97,6 +103,54 @@ fn weights_on_devices_are_those_on_the_host() {
             assert!(verified.status.success(), "{}", String::from_utf8_lossy(&verified.stderr));
         }
     }
+}
+
+fn backends(result: &Value) -> Vec<&str> {
+    result["loads"].as_array().expect("loads").iter().filter_map(|load| load["backend"].as_str()).collect()
+}
+
+/// Between devices pieces go through NCCL, straight from device memory to device memory; without it through TCP.
+#[test]
+fn nccl_moves_the_same_bytes_between_devices() {
+    for flags in [&["--quantize", "nf4", "--double"][..], &["--quantize", "int8"], &[]] {
+        for (strategy, placement) in [("low-memory", "shard"), ("striped", "shard"), ("low-memory", "replicate")] {
+            let mut place = Place::new(3);
+            let mut all = vec!["--model", MODEL, "--strategy", strategy, "--placement", placement];
+            all.extend(flags);
+            let host = place.finish(1, &[&all[..], &["--device", "cpu"]].concat());
+            assert_eq!(backends(&host), [""], "one rank has nobody to talk to");
+            let nccl = place.finish(3, &all);
+            assert_eq!(backends(&nccl), ["nccl"; 3]);
+            assert_eq!(devices(&nccl), ["cuda:0", "cuda:1", "cuda:2"]);
+            assert!(nccl["digests"] == host["digests"], "{all:?}");
+            place.nccl = PathBuf::from("/nowhere/libnccl.so.2");
+            let tcp = place.finish(3, &all);
+            assert_eq!(backends(&tcp), ["tcp"; 3]);
+            assert!(tcp["digests"] == host["digests"], "{all:?}");
+        }
+    }
+}
+
+#[test]
+fn nccl_is_refused_where_a_rank_cannot_use_it() {
+    let mut place = Place::new(2);
+    let job = ["launch", "--nproc-per-node", "2", "--model", MODEL, "--backend", "nccl"];
+    place.refuse(&[&job[..], &["--device", "cpu"]].concat(), 78, "it has no CUDA device");
+    place.nccl = PathBuf::from("/nowhere/libnccl.so.2");
+    place.refuse(&job, 78, "/nowhere/libnccl.so.2");
+}
+
+/// A rank that stops in the middle of NCCL's work is noticed, and the others end.
+#[test]
+fn a_fault_of_nccl_ends_the_job() {
+    let place = Place::new(2);
+    let job = ["launch", "--nproc-per-node", "2", "--model", MODEL];
+    let mut command = place.command(&job);
+    // The mock's fault 1: an asynchronous error on rank 1 at its call 5.
+    let output = command.env("WEIGHTCAST_MOCK_NCCL_FAULT", "1:1:5").output().expect("the program starts");
+    let message = String::from_utf8_lossy(&output.stderr).into_owned();
+    assert_eq!(output.status.code(), Some(69), "{message}");
+    assert!(message.contains("mock fault"), "{message}");
 }
 
 #[test]

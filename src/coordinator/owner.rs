@@ -48,6 +48,7 @@ impl Owner {
             phase: Phase::Forming,
             peers: Vec::new(),
             secret: [0; 32],
+            nccl_unique_id: Vec::new(),
             plan_sha256,
             ranks: Vec::new(),
             last_checkpoint: None,

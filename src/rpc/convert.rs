@@ -47,6 +47,7 @@ pub(super) fn watch(coordinator: &Coordinator, view: &View) -> v1::WatchResponse
             directory: save.directory.clone(),
         }),
         cause: view.cause().map(cause),
+        nccl_unique_id: view.nccl_unique_id.clone(),
     }
 }
 

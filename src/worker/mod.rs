@@ -7,6 +7,7 @@
 //! snapshot that is repeated, or missed because a later one came, changes nothing.
 
 mod data;
+mod plane;
 mod proc_stat;
 mod session;
 

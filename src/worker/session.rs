@@ -12,10 +12,11 @@ use weightcast_proto::{PROTOCOL_VERSION, v1};
 
 use super::WorkerConfig;
 use super::data::{Command, DataThread, Failure, LoadCommand, Outcome, Watched};
+use super::plane::{Meeting, Offer};
 use super::proc_stat::peak_resident_bytes;
 use crate::comm::tcp::TcpPort;
 use crate::comm::{CommError, Group};
-use crate::device::{self, Device, DeviceError};
+use crate::device::DeviceError;
 use crate::error::{Classify, Kind, chain};
 use crate::plan::{LoadPlan, PLAN_VERSION};
 use crate::rpc::{Clients, ConnectError, TokenError, describe_status, kind_of, request};
@@ -119,16 +120,16 @@ impl WorkerError {
 /// [`WorkerError`], whose exit code the process ends with.
 pub async fn run(config: WorkerConfig) -> Result<Ended, WorkerError> {
     let port = TcpPort::bind(config.data_ip)?;
-    let device = device::assign(config.device, config.sharing, config.local, &device::probe())?;
+    let offer = Offer::look(&config)?;
     let mut tasks = Tasks::new();
-    let (mut session, mut snapshots) = Session::join(&config, port.address(), device).await?;
+    let (mut session, mut snapshots) = Session::join(&config, port.address(), &offer).await?;
     let (commands, work) = mpsc::sync_channel(1);
     let (report, mut outcomes) = async_mpsc::channel(1);
     let data = DataThread {
         port: Some(port),
         watched: session.watched.clone(),
         checkpoint_root: config.checkpoint_root.clone(),
-        device,
+        offer,
         held: None,
     };
     spawn_thread("data", move || data.run(&work, &report))
@@ -167,7 +168,7 @@ impl Session {
     async fn join(
         config: &WorkerConfig,
         data_address: SocketAddr,
-        device: Device,
+        offer: &Offer,
     ) -> Result<(Self, Streaming<v1::WatchResponse>), WorkerError> {
         let mut clients = connect(config).await?;
         let join = v1::JoinRequest {
@@ -178,7 +179,9 @@ impl Session {
             process_id: std::process::id(),
             data_address: data_address.to_string(),
             protocol_version: PROTOCOL_VERSION,
-            device: describe_device(device),
+            device: offer.device_words(),
+            nccl_version: offer.nccl_version(),
+            nccl_unique_id: offer.nccl_unique_id(),
         };
         let refused = |action| {
             let rank = config.rank.0;
@@ -335,7 +338,8 @@ impl Session {
         let peers: Result<Vec<SocketAddr>, _> = snapshot.peers.iter().map(|peer| peer.parse()).collect();
         let peers = peers.map_err(|error| bad(format!("address of a peer: {error}")))?;
         let group = Group { rank: self.config.rank, world: self.config.world };
-        Ok(LoadCommand { plan, group, generation: Generation(self.generation), secret, peers })
+        let (generation, nccl_unique_id) = (Generation(self.generation), snapshot.nccl_unique_id.clone());
+        Ok(LoadCommand { plan, meeting: Meeting { group, generation, secret, peers, nccl_unique_id } })
     }
 
     /// Gets the plan and checks that it is the one that all ranks have.
@@ -451,14 +455,6 @@ impl Session {
         }
         let seconds = start.elapsed().as_secs();
         Err(WorkerError::CoordinatorLost { address: self.config.coordinator.clone(), seconds, reason })
-    }
-}
-
-/// As people read it in `weightcast status`.
-fn describe_device(device: Device) -> String {
-    match device {
-        Device::Host => "cpu".to_owned(),
-        Device::Cuda { .. } => device.to_string(),
     }
 }
 
