@@ -1,6 +1,6 @@
 //! CUDA devices through the driver library, which is loaded when it is first needed.
 //!
-//! Owns: every call of the driver. Refuses to know: kernels (they come with `quant`), collectives.
+//! Owns: the calls of the driver but those for kernels. Refuses to know: kernels, collectives.
 //!
 //! `DV-1`: [`driver`] is asked before any other call; it looks for the library first, because a call into a library that
 //! is missing would panic. Only functions that every driver since CUDA 11 has are called, for a missing one would, too.
@@ -107,6 +107,11 @@ impl Cuda {
     /// The stream, as libraries of the vendor take it.
     pub(super) fn raw_stream(&self) -> *mut std::ffi::c_void {
         self.stream.cu_stream().cast()
+    }
+
+    /// The stream, for calls of the driver.
+    pub(super) fn stream(&self) -> sys::CUstream {
+        self.stream.cu_stream()
     }
 
     /// Whether everything put on the stream is done.
@@ -325,7 +330,7 @@ fn number(ordinal: u32) -> i32 {
     i32::try_from(ordinal).unwrap_or(i32::MAX)
 }
 
-fn failed(device: Device, what: &'static str, error: DriverError) -> DeviceError {
+pub(super) fn failed(device: Device, what: &'static str, error: DriverError) -> DeviceError {
     let (name, description) = describe(error);
     DeviceError::Driver { device, what, name, description }
 }

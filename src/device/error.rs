@@ -3,6 +3,7 @@
 //! Owns: [`DeviceError`]. Refuses to know: how a driver is called.
 
 use crate::error::{Classify, Kind};
+use crate::quant::QuantError;
 
 use super::{Device, OutOfRange};
 
@@ -35,6 +36,15 @@ pub enum DeviceError {
         #[from]
         source: OutOfRange,
     },
+    /// Arguments of a kernel that do not fit together.
+    #[error(transparent)]
+    Quant {
+        #[from]
+        source: QuantError,
+    },
+    /// An address that is no multiple of what a kernel needs.
+    #[error("{what}: expected an address that is a multiple of {bytes} bytes")]
+    Misaligned { what: &'static str, bytes: u64 },
     /// Fewer devices than ranks, and sharing was not asked for.
     #[error(
         "{ranks} ranks on this host and {count} CUDA devices: run at most {count} ranks, let them share devices (--share-devices), or keep the weights on the host (--device cpu)"
@@ -48,7 +58,11 @@ impl Classify for DeviceError {
             Self::NoDriver { .. } | Self::NoDevice { .. } => Kind::NotFound,
             Self::Driver { .. } => Kind::Unavailable,
             Self::OutOfMemory { .. } => Kind::Exhausted,
-            Self::WrongDevice { .. } | Self::LengthMismatch { .. } | Self::OutOfRange { .. } => Kind::Internal,
+            Self::WrongDevice { .. }
+            | Self::LengthMismatch { .. }
+            | Self::OutOfRange { .. }
+            | Self::Misaligned { .. } => Kind::Internal,
+            Self::Quant { source } => source.kind(),
             Self::TooFewDevices { .. } => Kind::Conflict,
         }
     }

@@ -13,12 +13,14 @@ mod assign;
 mod cuda;
 mod error;
 mod host;
+mod kernels;
 mod memory;
 mod slice;
 
 pub use arena::{Arena, LANE_BYTES};
 pub use assign::{LocalRank, assign, free_bytes};
 pub use error::DeviceError;
+pub use kernels::{DeviceNested, DeviceSource, QuantKernels};
 pub use memory::{DeviceContext, HostStaging, Memory, MemoryInfo};
 pub use slice::{CudaSlice, CudaSliceMut, OutOfRange, Slice, SliceMut};
 
