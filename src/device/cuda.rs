@@ -20,8 +20,7 @@ use crate::types::{as_u64, as_usize};
 pub(super) fn driver() -> Result<(), DeviceError> {
     static DRIVER: OnceLock<Result<(), String>> = OnceLock::new();
     let found = DRIVER.get_or_init(|| {
-        // SAFETY: Loading the vendor's driver library runs its initializers, which have no preconditions.
-        if !unsafe { sys::is_culib_present() } {
+        if !library_is_there() {
             return Err("no NVIDIA driver: libcuda.so.1 not found".to_owned());
         }
         match result::init() {
@@ -34,6 +33,19 @@ pub(super) fn driver() -> Result<(), DeviceError> {
         }
     });
     found.clone().map_err(|reason| DeviceError::NoDriver { reason })
+}
+
+/// Whether the driver's library can be loaded (`DV-1`).
+#[cfg(not(feature = "cuda"))]
+fn library_is_there() -> bool {
+    // SAFETY: Loading the vendor's driver library runs its initializers, which have no preconditions.
+    unsafe { sys::is_culib_present() }
+}
+
+/// With candle's CUDA the driver is linked: a program without it does not start.
+#[cfg(feature = "cuda")]
+const fn library_is_there() -> bool {
+    true
 }
 
 /// What the driver says about every visible device. Takes no context, so no device memory.
