@@ -6,7 +6,6 @@ mod support;
 
 use std::collections::BTreeMap;
 use std::path::{Path, PathBuf};
-use std::sync::Arc;
 
 use serde_json::Value;
 use support::model::{FIRST, Model};
@@ -16,8 +15,7 @@ use weightcast::app::prepare_with;
 use weightcast::checkpoint::{Checkpoint, Depth, open, verify};
 use weightcast::config::{JobConfig, ResumePolicy};
 use weightcast::error::chain;
-use weightcast::load::{Cancel, LoadOptions, load, logical_digests};
-use weightcast::quant::Kernels;
+use weightcast::load::{LoadOptions, load, logical_digests};
 use weightcast::store::LocalStore;
 use weightcast::types::{Fqn, Step, TensorDigest, WorldSize};
 
@@ -132,8 +130,7 @@ fn resume(root: &str) -> Result<Digests, String> {
     let store = LocalStore::new(&plan.root);
     let mut reports = Vec::new();
     for rank in world.ranks() {
-        let (kernels, cancel, done_bytes) = (Kernels::detect(), Cancel::default(), Arc::default());
-        let options = LoadOptions { rank, store: &store, kernels, cancel, done_bytes };
+        let options = LoadOptions::on_host(rank, &store);
         let (_, report) = load(&plan, &options, None).map_err(|error| chain(&error))?;
         reports.push(report);
     }

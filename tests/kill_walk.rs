@@ -19,8 +19,7 @@ use support::{Ended, Job, MODEL, PATIENCE, Place, until};
 use weightcast::app::prepare_with;
 use weightcast::checkpoint::{Depth, list, verify};
 use weightcast::config::{JobConfig, ResumePolicy};
-use weightcast::load::{Cancel, LoadOptions, load, logical_digests};
-use weightcast::quant::Kernels;
+use weightcast::load::{LoadOptions, load, logical_digests};
 use weightcast::store::LocalStore;
 use weightcast::types::{Fqn, Rank, Step, TensorDigest, WorldSize};
 
@@ -104,8 +103,7 @@ fn resumed(root: &str) -> (Step, Digests) {
     let prepared = prepare_with(&config, WorldSize::ONE, None, &|_| {}).expect("a usable checkpoint");
     assert!(prepared.skipped.is_empty(), "{:?}", prepared.skipped);
     let files = LocalStore::new(&prepared.plan.root);
-    let (kernels, cancel, done_bytes) = (Kernels::detect(), Cancel::default(), std::sync::Arc::default());
-    let options = LoadOptions { rank: Rank::ZERO, store: &files, kernels, cancel, done_bytes };
+    let options = LoadOptions::on_host(Rank::ZERO, &files);
     let (_, report) = load(&prepared.plan, &options, None).expect("its bytes are whole");
     (prepared.step, logical_digests(&prepared.plan, &[report]).expect("asked for"))
 }

@@ -42,7 +42,7 @@ pub async fn join(
     token.header()?;
     let absolute = |path: &PathBuf| std::path::absolute(path).unwrap_or_else(|_| path.clone());
     let (token_file, root) = (absolute(&coordinator.token_file), coordinator.checkpoint_root.as_ref().map(absolute));
-    let command = worker_command(&coordinator.address, &token_file, root.as_deref());
+    let command = worker_command(&coordinator.address, &token_file, root.as_deref(), None);
     let mut launch = Launch::with_command(args, &Environment::of_this_process(), command)?;
     // The launchers of the nodes know each other by the job's token, unless they have one of their own.
     launch.gathering.token_file.get_or_insert_with(|| token_file.clone());

@@ -18,9 +18,10 @@ use crate::coordinator::{Coordinator, CoordinatorConfig, CoordinatorError, JobRe
 use crate::error::{Classify, Kind};
 use crate::load::{LoadReport, logical_digests};
 use crate::membership::AfterLoad;
+use crate::plan::DeviceRule;
 use crate::rpc::{Listener, ServeError, Token, TokenError, serve};
 use crate::tasks::{Tasks, survive_file_size_limit};
-use crate::types::{Fqn, JobId, Rank, TensorDigest};
+use crate::types::{Fqn, JobId, Rank, Sharing, TensorDigest};
 
 /// Ranks of one host join within seconds; a scheduler may take minutes to place the last one.
 pub(super) const JOIN_DEADLINE: Duration = Duration::from_secs(600);
@@ -151,7 +152,7 @@ async fn launch_in(job: LaunchJob, directory: &Path, audience: Audience) -> Resu
     };
     run_file.write(directory)?;
 
-    let command = worker_command(&run_file.coordinator, &run_file.token_file, None);
+    let command = worker_command(&run_file.coordinator, &run_file.token_file, None, Some(plan.device));
     let mut launch = Launch::with_command(&args, &environment, command)?;
     launch.on_event = Some(event_sink(coordinator.clone(), audience.note));
     let (stopper, stop) = stop_channel();
@@ -183,12 +184,22 @@ pub(super) fn job_record(config: &JobConfig, prepared: Prepared, listens: Socket
     }
 }
 
-/// What every rank runs: this program, as a worker.
-pub(super) fn worker_command(coordinator: &str, token_file: &Path, checkpoint_root: Option<&Path>) -> RankCommand {
+/// What every rank runs: this program, as a worker. Without `device` it is what this process's environment says.
+pub(super) fn worker_command(
+    coordinator: &str,
+    token_file: &Path,
+    checkpoint_root: Option<&Path>,
+    device: Option<DeviceRule>,
+) -> RankCommand {
     let mut environment: Vec<(OsString, OsString)> = vec![
         ("WEIGHTCAST_COORDINATOR".into(), coordinator.into()),
         ("WEIGHTCAST_TOKEN_FILE".into(), token_file.into()),
     ];
+    if let Some(rule) = device {
+        environment.push(("WEIGHTCAST_DEVICE".into(), rule.device.name().into()));
+        environment
+            .push(("WEIGHTCAST_SHARE_DEVICES".into(), u8::from(rule.sharing == Sharing::Allowed).to_string().into()));
+    }
     if let Some(root) = checkpoint_root {
         environment.push(("WEIGHTCAST_CHECKPOINT_DIRECTORY".into(), root.into()));
     }

@@ -5,11 +5,12 @@ use std::path::Path;
 use super::source::{SourceError, open_model};
 use crate::checkpoint::{self, Checkpoint, CheckpointError, Skipped, plan_resume};
 use crate::config::{ConfigError, JobConfig, ResumePolicy};
+use crate::device::{self, Device, DeviceError, LocalRank};
 use crate::error::{Classify, Kind};
 use crate::hub::Progress;
-use crate::plan::{LoadPlan, LoadRequest, PlanError, Strategy, plan};
+use crate::plan::{DeviceBudget, DeviceRule, LoadPlan, LoadRequest, PlanError, Strategy, plan};
 use crate::store::LocalStore;
-use crate::types::{Step, WorldSize};
+use crate::types::{DeviceWish, Step, WorldSize};
 
 /// Bytes that a resume reads at once. Nothing is encoded, so the cache does not matter, and every piece reads whole digest
 /// blocks at its two ends: with pieces of 256 KiB a resume read 1.045 to 1.064 of what it needs.
@@ -46,6 +47,9 @@ pub enum PrepareError {
     /// There is no plan.
     #[error(transparent)]
     Plan(#[from] PlanError),
+    /// There are no such devices.
+    #[error(transparent)]
+    Device(#[from] DeviceError),
 }
 
 impl Classify for PrepareError {
@@ -55,11 +59,12 @@ impl Classify for PrepareError {
             Self::Source(source) => source.kind(),
             Self::Checkpoint(source) => source.kind(),
             Self::Plan(source) => source.kind(),
+            Self::Device(source) => source.kind(),
         }
     }
 }
 
-/// Plans the job on `world` ranks and checks it against the host's memory.
+/// Plans the job on `world` ranks of this host and checks it against the memory of host and devices.
 ///
 /// # Errors
 /// [`PrepareError`].
@@ -71,7 +76,8 @@ pub fn prepare(
     prepare_with(config, world, crate::config::available_memory_bytes(), progress)
 }
 
-/// As [`prepare`], with the host's memory given.
+/// As [`prepare`], with the host's memory given. Without it the ranks' hosts are not known: then neither memory nor
+/// devices are looked at, and with `device = "auto"` each rank takes what it finds.
 ///
 /// # Errors
 /// [`PrepareError`].
@@ -85,12 +91,39 @@ pub fn prepare_with(
         let (key, expected) = ("checkpoint.directory", "a directory, because checkpoint.save is set");
         return Err(ConfigError::Value { key, expected, found: "nothing".to_owned() }.into());
     }
-    let prepared = match newest(config)? {
+    let (device, devices) = match host_bytes {
+        Some(_) => choose_device(config, world)?,
+        None => (config.device_rule(), None),
+    };
+    let mut prepared = match newest(config)? {
         Some((checkpoint, skipped)) => resume(config, world, &checkpoint, skipped)?,
         None => fresh(config, world, progress)?,
     };
-    prepared.plan.check_memory(config.memory_budget(host_bytes))?;
+    prepared.plan.device = device;
+    prepared.plan.check_memory(config.memory_budget(host_bytes, devices))?;
     Ok(prepared)
+}
+
+/// What this host's devices make of the job's wish, and what is free on them.
+fn choose_device(config: &JobConfig, world: WorldSize) -> Result<(DeviceRule, Option<DeviceBudget>), PrepareError> {
+    let mut rule = config.device_rule();
+    if rule.device == DeviceWish::Cpu {
+        return Ok((rule, None));
+    }
+    let probe = device::probe();
+    let local = LocalRank { index: 0, count: world.get() };
+    let chosen = device::assign(rule.device, rule.sharing, local, &probe)?;
+    if chosen == Device::Host {
+        let gpus = probe.devices.len().saturating_sub(1);
+        if gpus > 0 {
+            tracing::info!(ranks = world.get(), gpus, "fewer devices than ranks: the weights stay on the host");
+        }
+        rule.device = DeviceWish::Cpu;
+        return Ok((rule, None));
+    }
+    rule.device = DeviceWish::Cuda;
+    let free = device::free_bytes(world.get(), &probe)?;
+    Ok((rule, free.map(|(free_bytes, count)| DeviceBudget { count, free_bytes })))
 }
 
 /// The checkpoint to load, if the policy and the directory give one.
@@ -126,6 +159,7 @@ fn request(config: &JobConfig, world: WorldSize, root: &Path, strategy: Strategy
         quantization: config.quantization_rule()?,
         chunking: config.chunking()?,
         digests: config.load.digests,
+        device: config.device_rule(),
     })
 }
 

@@ -5,8 +5,9 @@ use std::time::Duration;
 
 use super::{BenchError, Figure, GIGA, float, limits, median_s};
 use crate::checkpoint::{WriteRequest, begin, commit, write_shard};
+use crate::device::Device;
 use crate::manifest::SealRequest;
-use crate::plan::{Chunking, Encoding, Input, LoadPlan, PLAN_VERSION, Placement, Strategy, TensorPlan};
+use crate::plan::{Chunking, DeviceRule, Encoding, Input, LoadPlan, PLAN_VERSION, Placement, Strategy, TensorPlan};
 use crate::state::StateDict;
 use crate::store::{LocalStore, Store};
 use crate::types::{DType, Generation, Rank, Step, WorldSize};
@@ -25,10 +26,11 @@ pub fn checkpoint(directory: &Path, world: WorldSize, bytes: u64) -> Result<Vec<
     let plan = plan(world, bytes);
     let mut states = Vec::new();
     for rank in world.ranks() {
-        let mut state = StateDict::allocate(&plan, rank).map_err(BenchError::of)?;
+        let mut state = StateDict::allocate(&plan, rank, Device::Host).map_err(BenchError::of)?;
         // Touched, as weights are, and not the zeros that a file system may treat specially.
-        for part in state.split_mut().into_iter().flatten() {
-            part.fill(0x5a);
+        for tensor in 0..plan.tensors.len() {
+            let pattern = vec![0x5a; state.owned_len(tensor, 0)];
+            state.write((tensor, 0), 0, &pattern).map_err(BenchError::of)?;
         }
         states.push(state);
     }
@@ -66,6 +68,7 @@ fn plan(world: WorldSize, bytes: u64) -> LoadPlan {
         placement: Placement::Shard,
         chunking: Chunking { chunk_bytes: 1 << 20, reader_threads: 1, queue_chunks: 1 },
         digests: false,
+        device: DeviceRule::default(),
         root: String::new(),
         files: Vec::new(),
         digest_tables: Vec::new(),

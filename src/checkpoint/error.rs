@@ -1,5 +1,6 @@
 //! What can go wrong with a checkpoint.
 
+use crate::device::DeviceError;
 use crate::error::{Classify, Kind};
 use crate::manifest::{ManifestError, SealError};
 use crate::plan::PlanError;
@@ -13,6 +14,9 @@ pub enum CheckpointError {
     /// Storage failed.
     #[error(transparent)]
     Store(#[from] StoreError),
+    /// A device does not give its bytes.
+    #[error(transparent)]
+    Device(#[from] DeviceError),
     /// There is no checkpoint at all.
     #[error("no checkpoint in {root}")]
     None {
@@ -110,6 +114,7 @@ impl Classify for CheckpointError {
     fn kind(&self) -> Kind {
         match self {
             Self::Store(source) => source.kind(),
+            Self::Device(source) => source.kind(),
             Self::None { .. } => Kind::NotFound,
             Self::NoneUsable { .. }
             | Self::Length { .. }

@@ -4,6 +4,7 @@
 
 use serde_json::{Map, Value, json};
 
+use super::CheckpointError;
 use crate::manifest::part_name;
 use crate::plan::{Encoding, Holding, LoadPlan, Part, TensorPlan};
 use crate::quant::{DynamicMap, FourBit, NestedState, QuantState};
@@ -30,16 +31,29 @@ pub(super) enum Content {
 }
 
 impl Entry {
-    pub(super) fn bytes<'a>(&'a self, state: &'a StateDict) -> &'a [u8] {
+    pub(super) fn len(&self, state: &StateDict) -> usize {
         match &self.content {
-            Content::Chunk { tensor, component, .. } => state.owned(*tensor, *component),
-            Content::Extra(bytes) => bytes,
+            Content::Chunk { tensor, component, .. } => state.owned_len(*tensor, *component),
+            Content::Extra(bytes) => bytes.len(),
+        }
+    }
+
+    /// Gives the bytes to `each` in chunks; a device's come through its page-locked buffers.
+    pub(super) fn read(
+        &self,
+        state: &StateDict,
+        chunk: usize,
+        mut each: impl FnMut(&[u8]) -> Result<(), CheckpointError>,
+    ) -> Result<(), CheckpointError> {
+        match &self.content {
+            Content::Chunk { tensor, component, .. } => state.read_owned((*tensor, *component), chunk, each),
+            Content::Extra(bytes) => bytes.chunks(chunk).try_for_each(&mut each),
         }
     }
 }
 
 /// All entries of the rank's file, widest elements first so that every tensor is aligned to its element.
-pub(super) fn entries(plan: &LoadPlan, state: &StateDict) -> Vec<Entry> {
+pub(super) fn entries(plan: &LoadPlan, state: &StateDict) -> Result<Vec<Entry>, CheckpointError> {
     let mut entries = Vec::new();
     for (index, tensor) in plan.tensors.iter().enumerate() {
         for (component, placed) in state.parts(index).iter().enumerate() {
@@ -49,11 +63,11 @@ pub(super) fn entries(plan: &LoadPlan, state: &StateDict) -> Vec<Entry> {
             }
         }
         if tensor.reader == state.rank() {
-            extras(tensor, state.nested_offset(index).map(|bits| f32::from_bits(bits.0)), &mut entries);
+            extras(tensor, state.nested_offset(index)?.map(|bits| f32::from_bits(bits.0)), &mut entries);
         }
     }
     entries.sort_by_key(|entry| std::cmp::Reverse(entry.dtype.size_bytes()));
-    entries
+    Ok(entries)
 }
 
 fn chunk_entry(tensor: &TensorPlan, holding: &Holding, index: usize, component: usize) -> Entry {

@@ -27,7 +27,8 @@ pub struct WriteRequest<'a> {
     pub step: Step,
 }
 
-/// Writes and syncs the rank's shard file and its digest table, straight from the rank's memory; `progress` is called
+/// Writes and syncs the rank's shard file and its digest table, straight from the rank's memory (a device's through two
+/// page-locked buffers, whatever the size); `progress` is called
 /// with the bytes done.
 ///
 /// # Errors
@@ -35,18 +36,18 @@ pub struct WriteRequest<'a> {
 pub fn write_shard(request: &WriteRequest<'_>, progress: &dyn Fn(u64)) -> Result<ShardReceipt, CheckpointError> {
     let WriteRequest { plan, state, store, directory, step } = *request;
     let rank = state.rank();
-    let nested_offsets = (0..plan.tensors.len())
-        .filter(|&tensor| plan.tensors.get(tensor).is_some_and(|planned| planned.reader == rank))
-        .filter_map(|tensor| Some((tensor, state.nested_offset(tensor)?)))
-        .collect();
-    let entries = entries(plan, state);
+    let mut nested_offsets = Vec::new();
+    for (tensor, _) in plan.tensors.iter().enumerate().filter(|(_, planned)| planned.reader == rank) {
+        nested_offsets.extend(state.nested_offset(tensor)?.map(|offset| (tensor, offset)));
+    }
+    let entries = entries(plan, state)?;
     if entries.is_empty() {
         return Ok(ShardReceipt { rank, file: None, chunks: Vec::new(), nested_offsets });
     }
 
     // The digests' lengths are known, so the header's is: its room is left free and filled at the end.
     let unknown: Vec<TensorDigest> =
-        entries.iter().map(|entry| TensorDigest::unknown(as_u64(entry.bytes(state).len()))).collect();
+        entries.iter().map(|entry| TensorDigest::unknown(as_u64(entry.len(state)))).collect();
     let data_start = as_u64(header(&entries, &unknown, step, rank).len());
     let data_bytes: u64 = unknown.iter().map(|digest| digest.bytes()).sum();
     let name = shard_name(rank);
@@ -58,13 +59,14 @@ pub fn write_shard(request: &WriteRequest<'_>, progress: &dyn Fn(u64)) -> Result
     let mut offset = data_start;
     for entry in &entries {
         let mut digest = TensorDigest::empty();
-        for chunk in entry.bytes(state).chunks(WRITE_CHUNK_BYTES) {
+        entry.read(state, WRITE_CHUNK_BYTES, |chunk| {
             blocks.update(chunk);
             digest = digest.append(TensorDigest::of(chunk));
             file.write_all_at(offset, chunk)?;
             offset += as_u64(chunk.len());
             progress(offset - data_start);
-        }
+            Ok(())
+        })?;
         digests.push(digest);
     }
     let header = header(&entries, &digests, step, rank);
@@ -97,7 +99,7 @@ pub fn write_shard(request: &WriteRequest<'_>, progress: &dyn Fn(u64)) -> Result
 pub(crate) fn data_bytes(plan: &LoadPlan, state: &StateDict) -> u64 {
     (0..plan.tensors.len())
         .flat_map(|tensor| (0..state.parts(tensor).len()).map(move |component| (tensor, component)))
-        .map(|(tensor, component)| as_u64(state.owned(tensor, component).len()))
+        .map(|(tensor, component)| as_u64(state.owned_len(tensor, component)))
         .sum()
 }
 

@@ -8,6 +8,7 @@ use weightcast_launcher::LaunchArgs;
 use crate::config::{JobConfig, QuantizationFormat, ResumePolicy};
 use crate::model::Architecture;
 use crate::plan::{Placement, Strategy};
+use crate::types::{BackendWish, DeviceWish};
 
 /// Loads a large model onto many ranks in low memory, quantized on the way, and checkpoints all ranks as one
 #[derive(Debug, Parser)]
@@ -209,6 +210,15 @@ pub struct JobOverrides {
     /// Host memory that each rank may use, in MiB
     #[arg(long, value_name = "MIB")]
     pub memory_per_rank_mib: Option<u64>,
+    /// Where the weights go: auto (CUDA devices if there is one for every rank, else the host), cpu, cuda
+    #[arg(long, value_name = "DEVICE")]
+    pub device: Option<DeviceWish>,
+    /// Let several ranks share a CUDA device when there are fewer devices than ranks
+    #[arg(long)]
+    pub share_devices: bool,
+    /// What moves weights between ranks: auto (NCCL between CUDA devices if it can be loaded, else TCP), nccl, tcp
+    #[arg(long, value_name = "BACKEND")]
+    pub backend: Option<BackendWish>,
     /// Report the digest of every tensor when the load is done
     #[arg(long)]
     pub digests: bool,
@@ -265,6 +275,9 @@ impl JobOverrides {
         config.load.placement = self.placement.unwrap_or(config.load.placement);
         config.quantization.format = self.quantize.unwrap_or(config.quantization.format);
         config.checkpoint.resume = self.resume.unwrap_or(config.checkpoint.resume);
+        config.load.device = self.device.unwrap_or(config.load.device);
+        config.load.backend = self.backend.unwrap_or(config.load.backend);
+        config.load.share_devices |= self.share_devices;
         config.quantization.double |= self.double;
         config.load.digests |= self.digests;
         config.checkpoint.save |= self.save;

@@ -8,7 +8,7 @@ use super::output::{bytes, data, fail, json, refuse, say};
 use crate::app::{Prepared, prepare_with};
 use crate::config::{JobConfig, available_memory_bytes};
 use crate::plan::RankMemory;
-use crate::types::WorldSize;
+use crate::types::{DeviceWish, WorldSize};
 
 pub(super) fn run(flags: &PlanFlags) -> u8 {
     let config = flags.job_file.as_deref().map_or_else(|| Ok(JobConfig::default()), JobConfig::read);
@@ -48,19 +48,26 @@ fn print(prepared: &Prepared, as_json: bool) {
     say(&format!("model      {}", plan.model));
     say(&format!("reads      {} in {} tensors, each byte once", bytes(plan.input_bytes()), plan.tensors.len()));
     say(&format!("devices    {devices}"));
+    let place = match plan.device.device {
+        DeviceWish::Cuda => "on CUDA devices",
+        DeviceWish::Cpu => "in host memory",
+        DeviceWish::Auto => "where each rank finds memory",
+    };
+    say(&format!("weights    {place}"));
     data(&format!(
-        "{:>5}  {:>6}  {:>12}  {:>12}  {:>12}  {:>12}",
-        "rank", "reads", "weights", "window", "overhead", "host peak"
+        "{:>5}  {:>6}  {:>12}  {:>12}  {:>12}  {:>12}  {:>12}",
+        "rank", "reads", "weights", "window", "overhead", "host peak", "device peak"
     ));
     for rank in ranks {
         let reads = if plan.reads(rank.rank) { "yes" } else { "no" };
         data(&format!(
-            "{:>5}  {reads:>6}  {:>12}  {:>12}  {:>12}  {:>12}",
+            "{:>5}  {reads:>6}  {:>12}  {:>12}  {:>12}  {:>12}  {:>12}",
             rank.rank,
             bytes(rank.weights_bytes + rank.padding_bytes),
             bytes(rank.window_bytes),
             bytes(rank.overhead_bytes),
-            bytes(rank.peak_host_bytes)
+            bytes(rank.peak_host_bytes),
+            if rank.peak_device_bytes == 0 { "-".to_owned() } else { bytes(rank.peak_device_bytes) }
         ));
     }
 }

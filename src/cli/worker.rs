@@ -2,6 +2,7 @@
 
 use super::output::{fail, fail_with};
 use crate::config::{WorkerEnvironment, host_name, variable};
+use crate::device::LocalRank;
 use crate::rpc::Token;
 use crate::worker::{self, Ended, WorkerConfig};
 
@@ -24,6 +25,10 @@ pub(super) fn run() -> u8 {
         data_ip: environment.data_ip,
         host: host_name(),
         checkpoint_root: environment.checkpoint_root,
+        device: environment.device,
+        sharing: environment.sharing,
+        local: LocalRank { index: environment.local_rank, count: environment.local_ranks },
+        nccl_library: environment.nccl_library,
         coordinator_deadline: COORDINATOR_DEADLINE,
     };
     // The session renews its lease on this thread; the weights move on the data thread.

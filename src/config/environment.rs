@@ -5,7 +5,7 @@ use std::path::PathBuf;
 use std::str::FromStr;
 
 use crate::error::{Classify, Kind};
-use crate::types::{Rank, WorldSize};
+use crate::types::{DeviceWish, Rank, Sharing, WorldSize};
 
 /// Reads one variable; a value that is not UTF-8 counts as absent.
 #[must_use]
@@ -29,6 +29,16 @@ pub struct WorkerEnvironment {
     pub data_ip: Option<IpAddr>,
     /// `WEIGHTCAST_CHECKPOINT_DIRECTORY`.
     pub checkpoint_root: Option<PathBuf>,
+    /// `WEIGHTCAST_DEVICE`: `auto`, `cpu` or `cuda`; `auto` by default.
+    pub device: DeviceWish,
+    /// `WEIGHTCAST_SHARE_DEVICES`: `1` where ranks may share a CUDA device.
+    pub sharing: Sharing,
+    /// `LOCAL_RANK`: the rank among those of this host; 0 by default.
+    pub local_rank: u32,
+    /// `LOCAL_WORLD_SIZE`: the ranks of this host; 1 by default.
+    pub local_ranks: u32,
+    /// `NCCL_LIBRARY`: the path of libnccl; where the dynamic linker finds it by default.
+    pub nccl_library: Option<PathBuf>,
 }
 
 /// The environment cannot work.
@@ -70,7 +80,21 @@ impl WorkerEnvironment {
             None => None,
             Some(_) => Some(parsed(get, "WEIGHTCAST_DATA_ADDRESS", "an IP address of this host")?),
         };
+        let or = |name: &'static str, default: u32, expected| match get(name) {
+            None => Ok(default),
+            Some(_) => parsed(get, name, expected),
+        };
+        let device = match get("WEIGHTCAST_DEVICE") {
+            None => DeviceWish::Auto,
+            Some(_) => parsed(get, "WEIGHTCAST_DEVICE", "auto, cpu or cuda")?,
+        };
+        let shared = or("WEIGHTCAST_SHARE_DEVICES", 0, "0 or 1")? > 0;
         Ok(Self {
+            device,
+            sharing: if shared { Sharing::Allowed } else { Sharing::Refused },
+            local_rank: or("LOCAL_RANK", 0, "a number below LOCAL_WORLD_SIZE, as a launcher sets it")?,
+            local_ranks: or("LOCAL_WORLD_SIZE", 1, "a number of at least 1, as a launcher sets it")?,
+            nccl_library: get("NCCL_LIBRARY").map(PathBuf::from),
             rank,
             world,
             coordinator: parsed(get, "WEIGHTCAST_COORDINATOR", "the coordinator's host:port")?,

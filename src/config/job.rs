@@ -6,9 +6,9 @@ use serde::Deserialize;
 
 use crate::error::{Classify, Kind};
 use crate::membership::ExitPolicy;
-use crate::plan::{Chunking, DTypeRule, MemoryBudget, Placement, QuantizationRule, Strategy};
+use crate::plan::{Chunking, DTypeRule, DeviceBudget, DeviceRule, MemoryBudget, Placement, QuantizationRule, Strategy};
 use crate::quant::{BlockSize, FourBitCode};
-use crate::types::DType;
+use crate::types::{BackendWish, DType, DeviceWish, Sharing};
 
 /// Source bytes that a reader's thread handles at once, so that source and codes stay in a core's cache between reading
 /// and quantizing. Loading 2 GB of bf16 in NF4, the threads spent in reading and encoding 1.4 to 1.6 s with 256 KiB,
@@ -69,6 +69,14 @@ pub struct LoadConfig {
     pub digests: bool,
     /// Host memory that each rank may use, in bytes.
     pub memory_per_rank_bytes: Option<u64>,
+    /// Where the weights go: `auto` (CUDA devices where there is one for every rank of the host, else the host), `cpu`,
+    /// `cuda`.
+    pub device: DeviceWish,
+    /// Let several ranks share a CUDA device when there are fewer devices than ranks.
+    pub share_devices: bool,
+    /// What moves weights between ranks: `auto` (NCCL between CUDA devices where it can be loaded, else TCP), `nccl`,
+    /// `tcp`.
+    pub backend: BackendWish,
 }
 
 /// `[quantization]`.
@@ -247,8 +255,15 @@ impl JobConfig {
 
     /// The memory that ranks may use.
     #[must_use]
-    pub fn memory_budget(&self, host_bytes: Option<u64>) -> MemoryBudget {
-        MemoryBudget { per_rank_bytes: self.load.memory_per_rank_bytes, host_bytes }
+    pub fn memory_budget(&self, host_bytes: Option<u64>, devices: Option<DeviceBudget>) -> MemoryBudget {
+        MemoryBudget { per_rank_bytes: self.load.memory_per_rank_bytes, host_bytes, devices }
+    }
+
+    /// What is asked of devices and the data plane.
+    #[must_use]
+    pub const fn device_rule(&self) -> DeviceRule {
+        let sharing = if self.load.share_devices { Sharing::Allowed } else { Sharing::Refused };
+        DeviceRule { device: self.load.device, sharing, backend: self.load.backend }
     }
 
     /// What follows when the work is done.
@@ -268,13 +283,22 @@ mod tests {
             r#"
             job.hold = true
             model.source = "org/name@main"
-            load = { strategy = "striped", placement = "replicate", dtype = "bfloat16", reader-threads = 3 }
             quantization = { format = "nf4", double = true, block = 128, skip = ["lm_head"] }
             checkpoint = { directory = "out", save = true, resume = "never" }
+            [load]
+            strategy = "striped"
+            placement = "replicate"
+            dtype = "bfloat16"
+            reader-threads = 3
+            device = "cuda"
+            share-devices = true
+            backend = "tcp"
             "#,
         )
         .expect("a job");
         assert_eq!(job.load.strategy, Some(Strategy::Striped));
+        let device = DeviceRule { device: DeviceWish::Cuda, sharing: Sharing::Allowed, backend: BackendWish::Tcp };
+        assert_eq!(job.device_rule(), device);
         assert_eq!(job.dtype_rule().expect("a dtype"), DTypeRule::Convert(DType::BF16));
         assert_eq!(job.chunking().expect("sizes").reader_threads, 3);
         let block = BlockSize::new(128).expect("allowed");

@@ -63,6 +63,7 @@ impl Owner {
             phase: Phase::Forming,
             peers: Vec::new(),
             secret,
+            nccl_unique_id: Vec::new(),
             plan_sha256,
             ranks: Vec::new(),
             last_checkpoint: None,

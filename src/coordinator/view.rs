@@ -3,7 +3,7 @@
 use std::path::PathBuf;
 
 use crate::clock::Instant;
-use crate::membership::{Cause, Membership, Phase, Progress, Save};
+use crate::membership::{Cause, Member, Membership, Phase, Progress, Save};
 use crate::types::{Generation, JobId, Rank};
 
 /// A snapshot of the job.
@@ -21,6 +21,8 @@ pub struct View {
     pub peers: Vec<String>,
     /// The generation's secret.
     pub secret: [u8; 32],
+    /// Rank 0's NCCL unique id, when all ranks have joined and all offered the same release.
+    pub nccl_unique_id: Vec<u8>,
     /// SHA-256 of the plan.
     pub plan_sha256: [u8; 32],
     /// The ranks.
@@ -108,6 +110,7 @@ impl View {
                 },
             })
             .collect();
+        self.nccl_unique_id = nccl_unique_id(membership.members());
         let all = membership.members().iter().all(Option::is_some);
         self.peers = if all {
             membership.members().iter().flatten().map(|member| member.info.data_address.clone()).collect()
@@ -115,4 +118,16 @@ impl View {
             Vec::new()
         };
     }
+}
+
+/// The id that all ranks use, if all can: different releases of NCCL do not promise to understand each other.
+fn nccl_unique_id(members: &[Option<Member>]) -> Vec<u8> {
+    let Some(Some(first)) = members.first() else { return Vec::new() };
+    let same = |member: &Option<Member>| {
+        member.as_ref().is_some_and(|member| member.info.nccl_version == first.info.nccl_version)
+    };
+    if first.info.nccl_version.is_empty() || !members.iter().all(same) {
+        return Vec::new();
+    }
+    first.info.nccl_unique_id.clone()
 }

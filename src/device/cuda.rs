@@ -1,6 +1,6 @@
 //! CUDA devices through the driver library, which is loaded when it is first needed.
 //!
-//! Owns: every call of the driver. Refuses to know: kernels (they come with `quant`), collectives.
+//! Owns: the calls of the driver but those for kernels. Refuses to know: kernels, collectives.
 //!
 //! `DV-1`: [`driver`] is asked before any other call; it looks for the library first, because a call into a library that
 //! is missing would panic. Only functions that every driver since CUDA 11 has are called, for a missing one would, too.
@@ -20,8 +20,7 @@ use crate::types::{as_u64, as_usize};
 pub(super) fn driver() -> Result<(), DeviceError> {
     static DRIVER: OnceLock<Result<(), String>> = OnceLock::new();
     let found = DRIVER.get_or_init(|| {
-        // SAFETY: Loading the vendor's driver library runs its initializers, which have no preconditions.
-        if !unsafe { sys::is_culib_present() } {
+        if !library_is_there() {
             return Err("no NVIDIA driver: libcuda.so.1 not found".to_owned());
         }
         match result::init() {
@@ -34,6 +33,19 @@ pub(super) fn driver() -> Result<(), DeviceError> {
         }
     });
     found.clone().map_err(|reason| DeviceError::NoDriver { reason })
+}
+
+/// Whether the driver's library can be loaded (`DV-1`).
+#[cfg(not(feature = "cuda"))]
+fn library_is_there() -> bool {
+    // SAFETY: Loading the vendor's driver library runs its initializers, which have no preconditions.
+    unsafe { sys::is_culib_present() }
+}
+
+/// With candle's CUDA the driver is linked: a program without it does not start.
+#[cfg(feature = "cuda")]
+const fn library_is_there() -> bool {
+    true
 }
 
 /// What the driver says about every visible device. Takes no context, so no device memory.
@@ -107,6 +119,11 @@ impl Cuda {
     /// The stream, as libraries of the vendor take it.
     pub(super) fn raw_stream(&self) -> *mut std::ffi::c_void {
         self.stream.cu_stream().cast()
+    }
+
+    /// The stream, for calls of the driver.
+    pub(super) fn stream(&self) -> sys::CUstream {
+        self.stream.cu_stream()
     }
 
     /// Whether everything put on the stream is done.
@@ -184,6 +201,28 @@ impl Cuda {
         })
     }
 
+    /// Starts a copy to the device address `into` and returns before it has ended.
+    ///
+    /// # Safety
+    /// Both sides are live, the device's has as many bytes, and neither is touched until [`Cuda::wait`] has returned.
+    pub(super) unsafe fn start_copy_in(&self, into: u64, from: &[u8]) -> Result<(), DeviceError> {
+        self.bind()?;
+        // SAFETY: The caller's promise.
+        unsafe { result::memcpy_htod_async(into, from, self.stream.cu_stream()) }
+            .map_err(|error| failed(self.device(), "copying to the device", error))
+    }
+
+    /// Starts a copy from the device address `from` and returns before it has ended.
+    ///
+    /// # Safety
+    /// As for [`Cuda::start_copy_in`].
+    pub(super) unsafe fn start_copy_out(&self, into: &mut [u8], from: u64) -> Result<(), DeviceError> {
+        self.bind()?;
+        // SAFETY: The caller's promise.
+        unsafe { result::memcpy_dtoh_async(into, from, self.stream.cu_stream()) }
+            .map_err(|error| failed(self.device(), "copying from the device", error))
+    }
+
     fn check(&self, ordinal: u32) -> Result<(), DeviceError> {
         let (expected, found) = (self.device(), Device::Cuda { ordinal });
         if expected == found { Ok(()) } else { Err(DeviceError::WrongDevice { expected, found }) }
@@ -210,7 +249,8 @@ impl Cuda {
         started.and(waited)
     }
 
-    fn wait(&self) -> Result<(), DeviceError> {
+    /// Returns when everything put on the stream is done.
+    pub(super) fn wait(&self) -> Result<(), DeviceError> {
         self.stream.synchronize().map_err(|error| failed(self.device(), "waiting for the stream", error))
     }
 }
@@ -302,7 +342,7 @@ fn number(ordinal: u32) -> i32 {
     i32::try_from(ordinal).unwrap_or(i32::MAX)
 }
 
-fn failed(device: Device, what: &'static str, error: DriverError) -> DeviceError {
+pub(super) fn failed(device: Device, what: &'static str, error: DriverError) -> DeviceError {
     let (name, description) = describe(error);
     DeviceError::Driver { device, what, name, description }
 }

@@ -3,8 +3,9 @@
 //! Owns: [`DeviceError`]. Refuses to know: how a driver is called.
 
 use crate::error::{Classify, Kind};
+use crate::quant::QuantError;
 
-use super::Device;
+use super::{Device, OutOfRange};
 
 /// Finding a device, allocating on it or copying failed.
 #[derive(Clone, Debug, PartialEq, Eq, thiserror::Error)]
@@ -29,6 +30,26 @@ pub enum DeviceError {
     /// The two sides of a copy differ in length.
     #[error("copy of {from} bytes into {into} bytes")]
     LengthMismatch { from: usize, into: usize },
+    /// A range that is not within the memory.
+    #[error(transparent)]
+    OutOfRange {
+        #[from]
+        source: OutOfRange,
+    },
+    /// Arguments of a kernel that do not fit together.
+    #[error(transparent)]
+    Quant {
+        #[from]
+        source: QuantError,
+    },
+    /// An address that is no multiple of what a kernel needs.
+    #[error("{what}: expected an address that is a multiple of {bytes} bytes")]
+    Misaligned { what: &'static str, bytes: u64 },
+    /// Fewer devices than ranks, and sharing was not asked for.
+    #[error(
+        "{ranks} ranks on this host and {count} CUDA devices: run at most {count} ranks, let them share devices (--share-devices), or keep the weights on the host (--device cpu)"
+    )]
+    TooFewDevices { ranks: u32, count: u32 },
 }
 
 impl Classify for DeviceError {
@@ -37,7 +58,12 @@ impl Classify for DeviceError {
             Self::NoDriver { .. } | Self::NoDevice { .. } => Kind::NotFound,
             Self::Driver { .. } => Kind::Unavailable,
             Self::OutOfMemory { .. } => Kind::Exhausted,
-            Self::WrongDevice { .. } | Self::LengthMismatch { .. } => Kind::Internal,
+            Self::WrongDevice { .. }
+            | Self::LengthMismatch { .. }
+            | Self::OutOfRange { .. }
+            | Self::Misaligned { .. } => Kind::Internal,
+            Self::Quant { source } => source.kind(),
+            Self::TooFewDevices { .. } => Kind::Conflict,
         }
     }
 }

@@ -156,6 +156,16 @@ impl DeviceContext {
         self.copy(SliceMut::Host(into), from)
     }
 
+    /// The CUDA device behind this context.
+    pub(super) fn cuda(&self) -> Result<Cuda, DeviceError> {
+        match &self.0 {
+            Access::Host => {
+                Err(DeviceError::WrongDevice { expected: Device::Cuda { ordinal: 0 }, found: Device::Host })
+            }
+            Access::Cuda(cuda) => Ok(cuda.clone()),
+        }
+    }
+
     /// Makes the device current for this thread, for libraries that use the current one.
     pub(crate) fn bind(&self) -> Result<(), DeviceError> {
         match &self.0 {

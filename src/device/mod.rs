@@ -1,20 +1,26 @@
 //! Memory on the host and on CUDA devices, behind one set of types.
 //!
-//! Owns: finding devices, owned memory ([`Memory`]), borrowed views of it ([`Slice`], [`SliceMut`]), copies between host
+//! Owns: finding devices and dealing them out to ranks, owned memory ([`Memory`]), borrowed views of it ([`Slice`], [`SliceMut`]), copies between host
 //! and device, pinned staging buffers.
 //! Refuses to know: tensors, dtypes, plans, collectives, configuration and the environment.
 //!
 //! - `DV-1`: a missing driver is an answer in plain words, never a panic and never a link-time dependency.
 //! - `DV-2`: two `SliceMut` never name the same byte.
-//! - `DV-3`: a call returns when the device is done with it.
+//! - `DV-3`: a call returns when the device is done with it; [`Arena`] alone lets copies go on, of memory that it owns.
 
+mod arena;
+mod assign;
 mod cuda;
 mod error;
 mod host;
+mod kernels;
 mod memory;
 mod slice;
 
+pub use arena::{Arena, LANE_BYTES};
+pub use assign::{LocalRank, assign, free_bytes};
 pub use error::DeviceError;
+pub use kernels::{DeviceNested, DeviceSource, QuantKernels};
 pub use memory::{DeviceContext, HostStaging, Memory, MemoryInfo};
 pub use slice::{CudaSlice, CudaSliceMut, OutOfRange, Slice, SliceMut};
 

@@ -1,12 +1,14 @@
 //! Moving pieces: from a reader to the ranks that keep them, and into this rank's memory.
 
+use std::sync::atomic::Ordering;
+
 use super::LoadError;
 use super::report::{Meters, timed};
 use crate::comm::{Communicator, Scatter};
-use crate::device::{Slice, SliceMut};
+use crate::device::{Device, DeviceContext, DeviceError, Memory, Slice, SliceMut};
 use crate::plan::{Holding, LoadPlan, Part, Piece, TensorPlan};
 use crate::state::StateDict;
-use crate::types::{ByteRange, Fqn, Rank, as_u64, as_usize};
+use crate::types::{ByteRange, Fqn, Rank, as_usize};
 
 /// One tensor on its way: what every rank holds of it.
 pub(super) struct Route<'a> {
@@ -42,13 +44,22 @@ pub(super) struct Mover<'a, 'c> {
     pub(super) comm: Option<&'c mut dyn Communicator>,
     pub(super) state: &'a mut StateDict,
     pub(super) meters: &'a Meters,
+    /// The memory that `comm` moves.
+    pub(super) comm_device: Device,
+    pub(super) scratch: Scratch,
 }
 
 impl Mover<'_, '_> {
     /// Keeps this rank's part of a piece and sends the others theirs. `bytes` is the piece.
     pub(super) fn deliver(&mut self, route: &Route<'_>, piece: Piece, bytes: &mut [u8]) -> Result<(), LoadError> {
         crate::faults::point("load.deliver");
-        self.keep(route, piece, bytes);
+        self.keep(route, piece, bytes)?;
+        if self.comm.is_none() {
+            return Ok(());
+        }
+        if self.comm_device != Device::Host {
+            return self.deliver_from_device(route, piece, bytes);
+        }
         let Some(comm) = self.comm.as_mut() else { return Ok(()) };
         let root = self.rank;
         let moved = timed(&self.meters.exchange_ns, || {
@@ -76,26 +87,80 @@ impl Mover<'_, '_> {
         let kept = route.kept(self.rank, piece.component);
         let Some(part) = kept.intersect(piece.range) else { return Ok(()) };
         let Some(comm) = self.comm.as_mut() else { return Ok(()) };
-        let into = self.state.kept_mut(route.index, piece.component);
-        let into = within_mut(into, kept, part);
-        let len = as_u64(into.len());
-        let moved = timed(&self.meters.exchange_ns, || {
-            if route.is_shared(piece.component) {
-                comm.broadcast(root, SliceMut::from(into))
+        let place = (route.index, piece.component);
+        let run = (as_usize(part.start() - kept.start()), as_usize(part.len()));
+        let mut receive = |into: SliceMut<'_>| {
+            let received = if route.is_shared(piece.component) {
+                comm.broadcast(root, into)
             } else {
-                comm.scatter(root, Scatter::Receive { into: SliceMut::from(into) })
-            }
-        });
-        self.meters.done_bytes.fetch_add(len, std::sync::atomic::Ordering::Relaxed);
-        moved.map_err(|source| comm_error(&route.tensor.fqn, source))
+                comm.scatter(root, Scatter::Receive { into })
+            };
+            received.map_err(|source| comm_error(&route.tensor.fqn, source))
+        };
+        timed(&self.meters.exchange_ns, || match self.comm_device {
+            Device::Host => self.state.fill(place, run, |into| receive(SliceMut::from(into))),
+            Device::Cuda { .. } => receive(self.state.view_mut(place, run)?),
+        })?;
+        self.meters.done_bytes.fetch_add(part.len(), Ordering::Relaxed);
+        Ok(())
     }
 
-    fn keep(&mut self, route: &Route<'_>, piece: Piece, bytes: &[u8]) {
+    fn keep(&mut self, route: &Route<'_>, piece: Piece, bytes: &[u8]) -> Result<(), LoadError> {
         let kept = route.kept(self.rank, piece.component);
-        let Some(part) = kept.intersect(piece.range) else { return };
-        let into = within_mut(self.state.kept_mut(route.index, piece.component), kept, part);
-        timed(&self.meters.place_ns, || into.copy_from_slice(within(bytes, piece.range, part)));
-        self.meters.done_bytes.fetch_add(part.len(), std::sync::atomic::Ordering::Relaxed);
+        let Some(part) = kept.intersect(piece.range) else { return Ok(()) };
+        let at = as_usize(part.start() - kept.start());
+        let bytes = within(bytes, piece.range, part);
+        timed(&self.meters.place_ns, || self.state.write((route.index, piece.component), at, bytes))?;
+        self.meters.done_bytes.fetch_add(part.len(), Ordering::Relaxed);
+        Ok(())
+    }
+
+    /// Sends the others their parts of a piece from device memory, where a GPU's communicator takes them: what all keep
+    /// from this rank's own memory, what is cut from a scratch buffer.
+    fn deliver_from_device(&mut self, route: &Route<'_>, piece: Piece, bytes: &[u8]) -> Result<(), LoadError> {
+        let Some(comm) = self.comm.as_mut() else { return Ok(()) };
+        let root = self.rank;
+        let failed = |source| comm_error(&route.tensor.fqn, source);
+        if route.is_shared(piece.component) {
+            let kept = route.kept(root, piece.component);
+            let Some(part) = kept.intersect(piece.range) else { return Ok(()) };
+            let run = (as_usize(part.start() - kept.start()), as_usize(part.len()));
+            return timed(&self.meters.exchange_ns, || {
+                let buffer = self.state.view_mut((route.index, piece.component), run)?;
+                comm.broadcast(root, buffer).map_err(failed)
+            });
+        }
+        timed(&self.meters.exchange_ns, || {
+            let scratch = self.scratch.upload(self.comm_device, bytes)?;
+            let mut parts = Vec::with_capacity(route.holdings.len());
+            for rank in (0..).map(Rank).take(route.holdings.len()) {
+                let part = route.kept(rank, piece.component).intersect(piece.range).filter(|_| rank != root);
+                let start = part.map_or(0, |part| as_usize(part.start() - piece.range.start()));
+                let len = part.map_or(0, |part| as_usize(part.len()));
+                parts.push(scratch.range(start..start + len).map_err(DeviceError::from)?);
+            }
+            if parts.iter().all(Slice::is_empty) {
+                return Ok(());
+            }
+            comm.scatter(root, Scatter::Send { parts: &parts }).map_err(failed)
+        })
+    }
+}
+
+/// Device memory for a piece on its way to other ranks; it grows to the largest piece.
+#[derive(Debug, Default)]
+pub(super) struct Scratch(Option<(DeviceContext, Memory)>);
+
+impl Scratch {
+    fn upload(&mut self, device: Device, bytes: &[u8]) -> Result<Slice<'_>, DeviceError> {
+        if self.0.as_ref().is_none_or(|(_, memory)| memory.len() < bytes.len()) {
+            let context = DeviceContext::open(device)?;
+            let memory = context.allocate(bytes.len())?;
+            self.0 = Some((context, memory));
+        }
+        let (context, memory) = self.0.as_mut().expect("made above");
+        context.copy_from_host(memory.as_slice_mut().range(0..bytes.len())?, bytes)?;
+        Ok(memory.as_slice().range(0..bytes.len())?)
     }
 }
 
@@ -107,9 +172,4 @@ fn comm_error(fqn: &Fqn, source: crate::comm::CommError) -> LoadError {
 fn within(buffer: &[u8], whole: ByteRange, part: ByteRange) -> &[u8] {
     let start = as_usize(part.start() - whole.start());
     buffer.get(start..start + as_usize(part.len())).expect("the part was intersected with the whole")
-}
-
-fn within_mut(buffer: &mut [u8], whole: ByteRange, part: ByteRange) -> &mut [u8] {
-    let start = as_usize(part.start() - whole.start());
-    buffer.get_mut(start..start + as_usize(part.len())).expect("the part was intersected with the whole")
 }

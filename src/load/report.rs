@@ -32,6 +32,10 @@ pub struct LoadReport {
     pub stages: StageTimes,
     /// Peak resident memory of the process.
     pub peak_resident_bytes: u64,
+    /// Where the weights lie, such as `host` or `cuda:0`.
+    pub device: String,
+    /// What moved the pieces: `tcp`, `nccl`, or nothing when nothing moved.
+    pub backend: String,
     /// By tensor and component: the digests of the bytes that the rank owns; empty unless the plan asks for them.
     pub owned_digests: Vec<Vec<TensorDigest>>,
 }

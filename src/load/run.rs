@@ -7,11 +7,12 @@ use std::thread;
 use super::encode::Encoder;
 use super::jobs::Work;
 use super::pipeline::Pipeline;
-use super::place::{Mover, Route};
+use super::place::{Mover, Route, Scratch};
 use super::report::{LoadReport, Meters, timed};
 use super::source::Files;
 use super::{LoadError, statistics};
 use crate::comm::Communicator;
+use crate::device::Device;
 use crate::plan::{Input, LoadPlan, Part, Piece, Strategy, f32Bits};
 use crate::quant::Kernels;
 use crate::state::StateDict;
@@ -42,12 +43,32 @@ pub struct LoadOptions<'a> {
     pub rank: Rank,
     /// Where the plan's files are.
     pub store: &'a dyn Store,
+    /// Where the rank's weights go.
+    pub device: Device,
+    /// The memory that the communicator moves: the host's, or the device's.
+    pub comm_device: Device,
     /// The kernels to quantize with.
     pub kernels: Kernels,
     /// Ends the load.
     pub cancel: Cancel,
     /// Gets the bytes kept so far; read by whoever shows progress.
     pub done_bytes: Arc<AtomicU64>,
+}
+
+impl<'a> LoadOptions<'a> {
+    /// Host memory, the kernels of this processor, and nobody who ends or watches the load.
+    #[must_use]
+    pub fn on_host(rank: Rank, store: &'a dyn Store) -> Self {
+        Self {
+            rank,
+            store,
+            device: Device::Host,
+            comm_device: Device::Host,
+            kernels: Kernels::detect(),
+            cancel: Cancel::default(),
+            done_bytes: Arc::default(),
+        }
+    }
 }
 
 /// Carries out `plan` on one rank. `comm` is needed unless the strategy is [`Strategy::Full`] or the world is one rank.
@@ -61,13 +82,20 @@ pub fn load(
 ) -> Result<(StateDict, LoadReport), LoadError> {
     let start = crate::clock::now();
     let meters = Meters::default();
-    let mut state = StateDict::allocate(plan, options.rank)?;
+    let mut state = StateDict::allocate(plan, options.rank, options.device)?;
     let comm = comm.filter(|_| plan.strategy != Strategy::Full && plan.world.get() > 1);
     let reads = plan.reads(options.rank);
     let files = if reads { Files::open(plan, options.store)? } else { Files::Model(Vec::new()) };
     let encoder = Encoder { files: &files, meters: &meters, kernels: options.kernels };
     let pipeline = Pipeline::new(plan);
-    let mover = Mover { rank: options.rank, comm, state: &mut state, meters: &meters };
+    let mover = Mover {
+        rank: options.rank,
+        comm,
+        state: &mut state,
+        meters: &meters,
+        comm_device: options.comm_device,
+        scratch: Scratch::default(),
+    };
 
     thread::scope(|scope| {
         let threads =
@@ -80,6 +108,7 @@ pub fn load(
         }
         walked
     })?;
+    timed(&meters.place_ns, || state.flush())?;
 
     let report = LoadReport {
         rank: options.rank,
@@ -92,7 +121,9 @@ pub fn load(
         wall_s: start.elapsed().as_secs_f64(),
         stages: meters.stages(),
         peak_resident_bytes: 0,
-        owned_digests: if plan.digests { state.owned_digests() } else { Vec::new() },
+        device: state.device().to_string(),
+        backend: String::new(),
+        owned_digests: if plan.digests { state.owned_digests()? } else { Vec::new() },
     };
     Ok((state, report))
 }
@@ -120,7 +151,7 @@ fn walk(
             }
         }
         if let Input::Stored { nested_offset: Some(f32Bits(bits)), .. } = tensor.input {
-            place_offset(&mut mover, &route, bits);
+            place_offset(&mut mover, &route, bits)?;
         }
         options.done_bytes.store(mover.meters.done_bytes.load(Ordering::Relaxed), Ordering::Relaxed);
     }
@@ -211,11 +242,12 @@ fn send_stored(
     Ok(())
 }
 
-fn place_offset(mover: &mut Mover<'_, '_>, route: &Route<'_>, bits: u32) {
+fn place_offset(mover: &mut Mover<'_, '_>, route: &Route<'_>, bits: u32) -> Result<(), LoadError> {
     let component = route.tensor.components().iter().position(|component| component.part == Part::NestedOffset);
     if let Some(component) = component {
-        mover.state.kept_mut(route.index, component).copy_from_slice(&bits.to_le_bytes());
+        mover.state.write((route.index, component), 0, &bits.to_le_bytes())?;
     }
+    Ok(())
 }
 
 fn out_of_order(route: &Route<'_>) -> LoadError {

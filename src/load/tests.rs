@@ -8,9 +8,12 @@ use std::time::Duration;
 
 use super::{Cancel, LoadOptions, load, scan};
 use crate::comm::{Communicator, mem};
+use crate::device::{Device, DeviceError};
 use crate::format::parse_index_json;
 use crate::model::Skeleton;
-use crate::plan::{Chunking, DTypeRule, LoadPlan, LoadRequest, Part, Placement, QuantizationRule, Strategy, plan};
+use crate::plan::{
+    Chunking, DTypeRule, DeviceRule, LoadPlan, LoadRequest, Part, Placement, QuantizationRule, Strategy, plan,
+};
 use crate::quant::{BlockSize, FourBitCode, Kernels};
 use crate::state::StateDict;
 use crate::store::{LocalStore, Store, read_small};
@@ -50,6 +53,7 @@ fn make_plan(case: &Case) -> LoadPlan {
         quantization: case.quantization.clone(),
         chunking: Chunking { chunk_bytes: case.chunk_bytes, reader_threads: 3, queue_chunks: 4 },
         digests: false,
+        device: DeviceRule::default(),
     };
     plan(request, &index, &skeleton, &binding).expect("a plan")
 }
@@ -67,6 +71,8 @@ fn run(case: &Case) -> (LoadPlan, Vec<StateDict>, u64) {
                     let options = LoadOptions {
                         rank: comm.group().rank,
                         store,
+                        device: Device::Host,
+                        comm_device: Device::Host,
                         kernels: Kernels::detect(),
                         cancel: Cancel::default(),
                         done_bytes: Arc::new(AtomicU64::new(0)),
@@ -83,7 +89,7 @@ fn run(case: &Case) -> (LoadPlan, Vec<StateDict>, u64) {
 
 /// The digest of every logical tensor, put together from the ranks' owned parts.
 fn digests(plan: &LoadPlan, states: &[StateDict]) -> BTreeMap<String, TensorDigest> {
-    let per_rank: Vec<_> = states.iter().map(StateDict::owned_digests).collect();
+    let per_rank: Vec<_> = states.iter().map(|state| state.owned_digests().expect("host memory")).collect();
     let logical = |(index, tensor): (usize, &crate::plan::TensorPlan)| {
         let components = 0..tensor.components().len();
         let parts = components.flat_map(|component| per_rank.iter().map(move |rank| rank[index][component]));
@@ -161,7 +167,14 @@ fn nf4_equals_what_bitsandbytes_wrote() {
                 file.read_exact_at(entry.range.start(), &mut expected).expect("in the file");
                 let expected = if whole.part == Part::Absmax { transposed(&expected, &entry.shape) } else { expected };
                 let owners = if tensor.sharded { &states[..] } else { &states[..1] };
-                let found: Vec<u8> = owners.iter().flat_map(|state| state.owned(index, component)).copied().collect();
+                let mut found = Vec::new();
+                for state in owners {
+                    let read = state.read_owned((index, component), 1 << 20, |chunk| {
+                        found.extend_from_slice(chunk);
+                        Ok::<_, DeviceError>(())
+                    });
+                    read.expect("host memory");
+                }
                 assert!(found == expected, "{name}");
                 compared += 1;
             }

@@ -33,6 +33,10 @@ pub struct JoinInfo {
     pub data_address: String,
     /// Its device in words.
     pub device: String,
+    /// The release of NCCL that it can use; empty when it cannot.
+    pub nccl_version: String,
+    /// NCCL's unique id, made by rank 0.
+    pub nccl_unique_id: Vec<u8>,
 }
 
 /// How far a rank is.

@@ -32,6 +32,8 @@ impl Job {
             process_id: 100 + rank,
             data_address: format!("127.0.0.1:{rank}"),
             device: "cpu".to_owned(),
+            nccl_version: String::new(),
+            nccl_unique_id: Vec::new(),
         }))
     }
 
@@ -99,6 +101,8 @@ fn joins_are_refused_with_the_reason() {
         process_id: 1,
         data_address: String::new(),
         device: String::new(),
+        nccl_version: String::new(),
+        nccl_unique_id: Vec::new(),
     };
     let taken = Refusal::RankTaken { rank: 0, process_id: 100, host: "a".to_owned() };
     assert_eq!(job.apply(Event::Join(other.clone())).expect_err("taken"), taken);

@@ -1,8 +1,8 @@
 //! Making the plan: index, skeleton and rules in, [`LoadPlan`] out, or the reason why not.
 
 use super::{
-    Chunking, DTypeRule, Input, LoadPlan, MemoryBudget, PLAN_VERSION, Placement, QuantizationRule, RankMemory,
-    Strategy, TensorPlan,
+    Chunking, DTypeRule, DeviceBudget, DeviceRule, Input, LoadPlan, MemoryBudget, PLAN_VERSION, Placement,
+    QuantizationRule, RankMemory, Strategy, TensorPlan,
 };
 use crate::error::{Classify, Kind};
 use crate::format::ModelIndex;
@@ -35,6 +35,8 @@ pub struct LoadRequest {
     pub chunking: Chunking,
     /// Whether ranks report digests.
     pub digests: bool,
+    /// Where the weights are to lie.
+    pub device: DeviceRule,
 }
 
 /// Why there is no plan.
@@ -43,8 +45,8 @@ pub struct LoadRequest {
 pub enum PlanError {
     /// A rank would need more memory than it may use.
     #[error(
-        "rank {} does not fit: it needs {} bytes ({} of weights, {} of reader window, {} of overhead), and may use {budget_bytes}",
-        needed.rank, needed.peak_host_bytes, needed.weights_bytes + needed.padding_bytes, needed.window_bytes, needed.overhead_bytes
+        "rank {} does not fit: it needs {} bytes of host memory ({} of weights, {} of reader window, {} of overhead), and may use {budget_bytes}",
+        needed.rank, needed.peak_host_bytes, needed.host_weights_bytes(), needed.window_bytes, needed.overhead_bytes
     )]
     RankDoesNotFit {
         /// What the rank needs.
@@ -62,6 +64,20 @@ pub enum PlanError {
         /// What all ranks need.
         needed_bytes: u64,
         /// What the host has.
+        budget_bytes: u64,
+    },
+    /// The ranks of one device would need more memory than it has free.
+    #[error(
+        "device cuda:{device}: its {ranks} ranks do not fit: they need {needed_bytes} bytes, and {budget_bytes} are free"
+    )]
+    DeviceDoesNotFit {
+        /// The device's index.
+        device: u32,
+        /// The number of ranks on it.
+        ranks: usize,
+        /// What they need.
+        needed_bytes: u64,
+        /// What is free.
         budget_bytes: u64,
     },
     /// A shape's size does not fit 64 bits.
@@ -83,7 +99,9 @@ pub enum PlanError {
 impl Classify for PlanError {
     fn kind(&self) -> Kind {
         match self {
-            Self::RankDoesNotFit { .. } | Self::HostDoesNotFit { .. } => Kind::Exhausted,
+            Self::RankDoesNotFit { .. } | Self::HostDoesNotFit { .. } | Self::DeviceDoesNotFit { .. } => {
+                Kind::Exhausted
+            }
             Self::Shape { .. } | Self::Empty { .. } => Kind::Invalid,
         }
     }
@@ -148,12 +166,28 @@ pub(crate) fn assemble(
         placement: request.placement,
         chunking: request.chunking,
         digests: request.digests,
+        device: request.device,
         root: request.root,
         files,
         digest_tables: Vec::new(),
         tensors,
         aliases,
     })
+}
+
+/// Ranks go to devices in turn, as `device::assign` deals them out.
+fn check_devices(needs: &[RankMemory], devices: DeviceBudget) -> Result<(), PlanError> {
+    let count = crate::types::as_usize(u64::from(devices.count.max(1)));
+    for device in 0..devices.count {
+        let first = crate::types::as_usize(u64::from(device));
+        let here = needs.iter().skip(first).step_by(count);
+        let (ranks, needed_bytes) = (here.clone().count(), here.map(|needed| needed.peak_device_bytes).sum());
+        if needed_bytes > devices.free_bytes {
+            let budget_bytes = devices.free_bytes;
+            return Err(PlanError::DeviceDoesNotFit { device, ranks, needed_bytes, budget_bytes });
+        }
+    }
+    Ok(())
 }
 
 impl LoadRequest {
@@ -199,13 +233,16 @@ impl LoadPlan {
     /// Refuses the plan where a rank, or the host with `ranks_on_host` ranks, does not have the memory.
     ///
     /// # Errors
-    /// [`PlanError::RankDoesNotFit`] and [`PlanError::HostDoesNotFit`], with the numbers.
+    /// [`PlanError::RankDoesNotFit`], [`PlanError::HostDoesNotFit`] and [`PlanError::DeviceDoesNotFit`], with the numbers.
     pub fn check_memory(&self, budget: MemoryBudget) -> Result<(), PlanError> {
         let needs: Vec<RankMemory> = self.world.ranks().map(|rank| self.memory(rank)).collect();
         if let Some(budget_bytes) = budget.per_rank_bytes
             && let Some(&needed) = needs.iter().find(|needed| needed.peak_host_bytes > budget_bytes)
         {
             return Err(PlanError::RankDoesNotFit { needed, budget_bytes });
+        }
+        if let Some(devices) = budget.devices {
+            check_devices(&needs, devices)?;
         }
         let needed_bytes = needs.iter().map(|needed| needed.peak_host_bytes).sum();
         match budget.host_bytes {

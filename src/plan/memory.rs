@@ -3,7 +3,7 @@
 use serde::{Deserialize, Serialize};
 
 use super::{LoadPlan, Strategy};
-use crate::types::Rank;
+use crate::types::{BackendWish, DeviceWish, Rank, Sharing};
 
 /// Every kept component starts at a multiple of this in a rank's memory: a cache line, and what vector loads and CUDA
 /// copies like.
@@ -16,13 +16,45 @@ pub const PROCESS_OVERHEAD_BYTES: u64 = 48 << 20;
 /// Socket and staging buffers of the data plane of one rank.
 pub const STAGING_BYTES: u64 = 16 << 20;
 
+/// The host's side of a CUDA context: the driver's own memory, and the page-locked buffers of the arena. With the two
+/// figures above it stays below the 256 MiB that a rank that does not read may take; not measured on a device yet.
+pub const CUDA_HOST_BYTES: u64 = 176 << 20;
+
+/// What a process takes on a device before it allocates: its context, and a piece on its way to other ranks. Contexts of
+/// current devices take about 500 MB; not measured on a device yet.
+pub const CUDA_CONTEXT_BYTES: u64 = 576 << 20;
+
+/// Where the ranks' weights are to lie, and what moves them there.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(default)]
+pub struct DeviceRule {
+    /// Host or CUDA devices; [`DeviceWish::Auto`] only where the plan was made without knowing the ranks' hosts: then each
+    /// rank takes what it finds, and the accounts below count host memory.
+    pub device: DeviceWish,
+    /// Whether ranks may share a device.
+    pub sharing: Sharing,
+    /// What moves pieces between ranks.
+    pub backend: BackendWish,
+}
+
 /// Memory that the ranks may use; absent means: not checked.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
 pub struct MemoryBudget {
-    /// For each rank by itself.
+    /// Host memory for each rank by itself.
     pub per_rank_bytes: Option<u64>,
     /// For all ranks of one host together.
     pub host_bytes: Option<u64>,
+    /// CUDA devices, when the weights go there.
+    pub devices: Option<DeviceBudget>,
+}
+
+/// The CUDA devices of a host.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct DeviceBudget {
+    /// How many the ranks use.
+    pub count: u32,
+    /// The bytes that are free on the fullest of them.
+    pub free_bytes: u64,
 }
 
 /// The memory of one rank in bytes.
@@ -30,16 +62,27 @@ pub struct MemoryBudget {
 pub struct RankMemory {
     /// The rank.
     pub rank: Rank,
-    /// Weights and statistics that it keeps: exact, without padding.
+    /// Weights and statistics that it keeps, on the host or on a device: exact, without padding.
     pub weights_bytes: u64,
     /// Padding between them.
     pub padding_bytes: u64,
     /// Bytes in flight while it reads; 0 for a rank that does not read.
     pub window_bytes: u64,
-    /// [`PROCESS_OVERHEAD_BYTES`] and [`STAGING_BYTES`].
+    /// [`PROCESS_OVERHEAD_BYTES`], [`STAGING_BYTES`] and, with a device, [`CUDA_HOST_BYTES`].
     pub overhead_bytes: u64,
-    /// The sum: the most that the rank needs at any time of the load.
+    /// The most host memory that the rank needs at any time of the load: all of the above, without weights and padding
+    /// when they lie on a device.
     pub peak_host_bytes: u64,
+    /// The most device memory that it needs: weights, padding and [`CUDA_CONTEXT_BYTES`]; 0 without a device.
+    pub peak_device_bytes: u64,
+}
+
+impl RankMemory {
+    /// Weights and padding in host memory.
+    #[must_use]
+    pub const fn host_weights_bytes(&self) -> u64 {
+        if self.peak_device_bytes == 0 { self.weights_bytes + self.padding_bytes } else { 0 }
+    }
 }
 
 /// `bytes` rounded up to [`ARENA_ALIGN_BYTES`].
@@ -68,14 +111,17 @@ impl LoadPlan {
             padded += aligned(holding.kept.len());
         }
         let window = if self.reads(rank) { self.window_bytes() } else { 0 };
-        let overhead = PROCESS_OVERHEAD_BYTES + STAGING_BYTES;
+        let on_device = self.device.device == DeviceWish::Cuda;
+        let overhead = PROCESS_OVERHEAD_BYTES + STAGING_BYTES + if on_device { CUDA_HOST_BYTES } else { 0 };
+        let (host, device) = if on_device { (0, padded + CUDA_CONTEXT_BYTES) } else { (padded, 0) };
         RankMemory {
             rank,
             weights_bytes: weights,
             padding_bytes: padded - weights,
             window_bytes: window,
             overhead_bytes: overhead,
-            peak_host_bytes: padded + window + overhead,
+            peak_host_bytes: host + window + overhead,
+            peak_device_bytes: device,
         }
     }
 }

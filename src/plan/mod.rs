@@ -21,7 +21,10 @@ pub(crate) use build::assemble;
 pub use build::{LoadRequest, PlanError, plan};
 pub use cut::Holding;
 pub use encoding::{Claim, Component, Encoding, NESTED_BLOCK, Part};
-pub use memory::{ARENA_ALIGN_BYTES, MemoryBudget, PROCESS_OVERHEAD_BYTES, RankMemory, STAGING_BYTES, aligned};
+pub use memory::{
+    ARENA_ALIGN_BYTES, CUDA_CONTEXT_BYTES, CUDA_HOST_BYTES, DeviceBudget, DeviceRule, MemoryBudget,
+    PROCESS_OVERHEAD_BYTES, RankMemory, STAGING_BYTES, aligned,
+};
 pub use pieces::{Chunking, Piece, SourceSpan};
 pub use select::{DTypeRule, QuantizationRule};
 
@@ -29,7 +32,7 @@ use crate::format::{Encoding as SourceEncoding, FileEntry};
 use crate::types::{ByteRange, DType, DigestTable, Fqn, Rank, Shape, WorldSize};
 
 /// The version of the plan's own form; ranks of another version refuse it.
-pub const PLAN_VERSION: u32 = 1;
+pub const PLAN_VERSION: u32 = 2;
 
 /// Which ranks read the weights.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Serialize, Deserialize)]
@@ -86,6 +89,8 @@ pub struct LoadPlan {
     pub chunking: Chunking,
     /// Whether ranks report the digests of what they own when they have loaded.
     pub digests: bool,
+    /// Where the weights are to lie, and what moves them.
+    pub device: DeviceRule,
     /// The directory that all file names below are relative to.
     pub root: String,
     /// The files.

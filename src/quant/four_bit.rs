@@ -115,7 +115,7 @@ impl FourBitCode {
     }
 
     /// The f32 midpoints of neighbouring values, ascending.
-    pub(super) const fn thresholds(self) -> &'static [f32; 15] {
+    pub(crate) const fn thresholds(self) -> &'static [f32; 15] {
         match self {
             Self::Nf4 => &NF4_THRESHOLDS,
             Self::Fp4 => &FP4_THRESHOLDS,
@@ -123,7 +123,7 @@ impl FourBitCode {
     }
 
     /// The code of each rank, 0 being the lowest value.
-    pub(super) const fn order(self) -> &'static [u8; 16] {
+    pub(crate) const fn order(self) -> &'static [u8; 16] {
         match self {
             Self::Nf4 => &NF4_ORDER,
             Self::Fp4 => &FP4_ORDER,

@@ -48,6 +48,7 @@ pub(super) fn watch(coordinator: &Coordinator, view: &View) -> v1::WatchResponse
         }),
         cause: view.cause().map(cause),
         checkpoint_root: view.checkpoint_root.as_ref().map(|root| root.display().to_string()).unwrap_or_default(),
+        nccl_unique_id: view.nccl_unique_id.clone(),
     }
 }
 

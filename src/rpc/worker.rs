@@ -55,6 +55,8 @@ impl WorkerService for WorkerServer {
             process_id: join.process_id,
             data_address: join.data_address,
             device: join.device,
+            nccl_version: join.nccl_version,
+            nccl_unique_id: join.nccl_unique_id,
         }))
         .await?;
         let member = {

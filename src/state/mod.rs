@@ -1,20 +1,25 @@
 //! The state dict of one rank: the bytes that it keeps of every tensor, in one arena.
 //!
 //! Owns: the layout of the arena, which follows the plan, and the access to it by tensor and component.
-//! Refuses to know: where bytes come from or go to.
+//! Refuses to know: where bytes come from or go to, and on which device they lie.
 //!
-//! `SD-1`: components lie in the plan's order, each at a multiple of [`ARENA_ALIGN_BYTES`], so that the arena can be
-//! split into disjoint mutable parts without bookkeeping, and its size is the plan's figure exactly.
+//! `SD-1`: components lie in the plan's order, each at a multiple of [`crate::plan::ARENA_ALIGN_BYTES`], so the arena's
+//! size is the plan's figure exactly, and what is loaded in the plan's order is written in the order of memory.
 
-use crate::device::{Device, DeviceError, Memory};
-use crate::plan::{ARENA_ALIGN_BYTES, Holding, LoadPlan, Part, TensorPlan, aligned, f32Bits};
+use std::ops::Range;
+
+use crate::device::{Arena, Device, DeviceError, OutOfRange, SliceMut};
+use crate::plan::{Holding, LoadPlan, Part, TensorPlan, aligned, f32Bits};
 use crate::types::{Rank, TensorDigest, as_usize};
+
+/// Bytes that are digested at a time: what a device's lane takes.
+const DIGEST_CHUNK_BYTES: usize = crate::device::LANE_BYTES;
 
 /// What a rank keeps.
 #[derive(Debug)]
 pub struct StateDict {
     rank: Rank,
-    arena: Memory,
+    arena: Arena,
     tensors: Vec<Vec<Placed>>,
 }
 
@@ -32,7 +37,7 @@ impl Placed {
     }
 
     /// The owned bytes, as a range of the kept ones.
-    fn owned(&self) -> std::ops::Range<usize> {
+    fn owned(&self) -> Range<usize> {
         let start = self.holding.owned.start().saturating_sub(self.holding.kept.start());
         if self.holding.owned.is_empty() {
             return 0..0;
@@ -42,11 +47,11 @@ impl Placed {
 }
 
 impl StateDict {
-    /// Room for all that `rank` keeps under `plan`, on the host, not yet filled.
+    /// Room for all that `rank` keeps under `plan`, on `device`, not yet filled.
     ///
     /// # Errors
     /// [`DeviceError`] when the memory cannot be had.
-    pub fn allocate(plan: &LoadPlan, rank: Rank) -> Result<Self, DeviceError> {
+    pub fn allocate(plan: &LoadPlan, rank: Rank, device: Device) -> Result<Self, DeviceError> {
         let mut end = 0;
         let mut place = |tensor: &TensorPlan| {
             tensor
@@ -60,8 +65,14 @@ impl StateDict {
                 .collect::<Vec<_>>()
         };
         let tensors = plan.tensors.iter().map(&mut place).collect();
-        let arena = Memory::allocate(Device::Host, as_usize(end))?;
+        let arena = Arena::allocate(device, as_usize(end))?;
         Ok(Self { rank, arena, tensors })
+    }
+
+    /// Where the bytes lie.
+    #[must_use]
+    pub const fn device(&self) -> Device {
+        self.arena.device()
     }
 
     /// The rank that this state is of.
@@ -76,61 +87,103 @@ impl StateDict {
         self.tensors.get(tensor).map_or(&[], Vec::as_slice)
     }
 
-    /// The kept bytes of a component; empty when the rank keeps none.
+    /// Puts `bytes` at `at` of the kept bytes of a component. On a device they may still be on their way on return.
+    ///
+    /// # Errors
+    /// [`DeviceError::OutOfRange`] when they do not fit, [`DeviceError::Driver`].
+    pub fn write(&mut self, (tensor, component): (usize, usize), at: usize, bytes: &[u8]) -> Result<(), DeviceError> {
+        let range = self.kept((tensor, component), at, bytes.len())?;
+        self.arena.write(range.start, bytes)
+    }
+
+    /// Lets `receive` fill the `len` kept bytes from `at` on through host memory.
+    ///
+    /// # Errors
+    /// What `receive` returns, and as [`Self::write`].
+    pub fn fill<E: From<DeviceError>>(
+        &mut self,
+        component: (usize, usize),
+        (at, len): (usize, usize),
+        receive: impl FnOnce(&mut [u8]) -> Result<(), E>,
+    ) -> Result<(), E> {
+        let range = self.kept(component, at, len)?;
+        self.arena.fill(range, receive)
+    }
+
+    /// The `len` kept bytes from `at` on where they lie, when all that was written is there.
+    ///
+    /// # Errors
+    /// As [`Self::write`].
+    pub fn view_mut(
+        &mut self,
+        component: (usize, usize),
+        (at, len): (usize, usize),
+    ) -> Result<SliceMut<'_>, DeviceError> {
+        let range = self.kept(component, at, len)?;
+        self.arena.view_mut(range)
+    }
+
+    /// Returns when all that was written is there.
+    ///
+    /// # Errors
+    /// [`DeviceError::Driver`].
+    pub fn flush(&mut self) -> Result<(), DeviceError> {
+        self.arena.flush()
+    }
+
+    /// The number of bytes of a component that the rank owns.
     #[must_use]
-    pub fn kept(&self, tensor: usize, component: usize) -> &[u8] {
-        self.placed(tensor, component)
-            .map_or(&[], |placed| self.host().get(placed.offset..placed.offset + placed.len()).unwrap_or_default())
+    pub fn owned_len(&self, tensor: usize, component: usize) -> usize {
+        self.placed(tensor, component).map_or(0, |placed| placed.owned().len())
     }
 
-    /// The bytes of a component that the rank owns.
-    #[must_use]
-    pub fn owned(&self, tensor: usize, component: usize) -> &[u8] {
-        let owned = self.placed(tensor, component).map_or(0..0, Placed::owned);
-        self.kept(tensor, component).get(owned).unwrap_or_default()
-    }
-
-    /// The kept bytes of a component, to be filled.
-    pub fn kept_mut(&mut self, tensor: usize, component: usize) -> &mut [u8] {
-        let Some(range) = self.placed(tensor, component).map(|placed| placed.offset..placed.offset + placed.len())
-        else {
-            return &mut [];
-        };
-        self.host_mut().get_mut(range).unwrap_or_default()
-    }
-
-    /// All components at once as disjoint mutable parts, for filling by several threads (`SD-1`).
-    pub fn split_mut(&mut self) -> Vec<Vec<&mut [u8]>> {
-        let lengths: Vec<Vec<usize>> =
-            self.tensors.iter().map(|parts| parts.iter().map(Placed::len).collect()).collect();
-        let mut rest = self.host_mut();
-        let mut take = |len: usize| {
-            let padded = len.div_ceil(as_usize(ARENA_ALIGN_BYTES)) * as_usize(ARENA_ALIGN_BYTES);
-            let (part, later) = std::mem::take(&mut rest).split_at_mut(padded);
-            rest = later;
-            part.split_at_mut(len).0
-        };
-        lengths.into_iter().map(|parts| parts.into_iter().map(&mut take).collect()).collect()
+    /// Gives the bytes of a component that the rank owns to `each`, in order, in chunks of at most `chunk` bytes.
+    ///
+    /// # Errors
+    /// The first of `each`, or [`DeviceError`].
+    pub fn read_owned<E: From<DeviceError>>(
+        &self,
+        (tensor, component): (usize, usize),
+        chunk: usize,
+        each: impl FnMut(&[u8]) -> Result<(), E>,
+    ) -> Result<(), E> {
+        let Some(placed) = self.placed(tensor, component) else { return Ok(()) };
+        let owned = placed.owned();
+        self.arena.read(placed.offset + owned.start..placed.offset + owned.end, chunk, each)
     }
 
     /// The mean of the nested statistics of a tensor, where its encoding has one.
-    #[must_use]
-    pub fn nested_offset(&self, tensor: usize) -> Option<f32Bits> {
-        let component =
-            self.parts(tensor).iter().position(|placed| placed.holding.component.part == Part::NestedOffset)?;
-        let bytes: [u8; 4] = self.kept(tensor, component).try_into().ok()?;
-        Some(f32Bits(u32::from_le_bytes(bytes)))
+    ///
+    /// # Errors
+    /// [`DeviceError`] when it cannot be read.
+    pub fn nested_offset(&self, tensor: usize) -> Result<Option<f32Bits>, DeviceError> {
+        let offset = |placed: &&Placed| placed.holding.component.part == Part::NestedOffset;
+        let Some(placed) = self.parts(tensor).iter().find(offset) else { return Ok(None) };
+        let mut bytes = [0_u8; 4];
+        self.arena.read(placed.offset..placed.offset + bytes.len(), bytes.len(), |chunk| {
+            bytes.copy_from_slice(chunk);
+            Ok::<_, DeviceError>(())
+        })?;
+        Ok(Some(f32Bits(u32::from_le_bytes(bytes))))
     }
 
-    /// The digest of the owned bytes of each component of each tensor; the nested offset, which all ranks keep, is left
-    /// out.
-    #[must_use]
-    pub fn owned_digests(&self) -> Vec<Vec<TensorDigest>> {
-        (0..self.tensors.len())
-            .map(|tensor| {
-                (0..self.parts(tensor).len()).map(|component| TensorDigest::of(self.owned(tensor, component))).collect()
-            })
-            .collect()
+    /// The digest of the owned bytes of each component of each tensor; the nested offset, which all ranks keep, is the
+    /// reader's.
+    ///
+    /// # Errors
+    /// [`DeviceError`] when a device does not give its bytes.
+    pub fn owned_digests(&self) -> Result<Vec<Vec<TensorDigest>>, DeviceError> {
+        let digest = |tensor: usize, component: usize| {
+            let mut digest = TensorDigest::empty();
+            self.read_owned((tensor, component), DIGEST_CHUNK_BYTES, |chunk| {
+                digest = digest.append(TensorDigest::of(chunk));
+                Ok::<_, DeviceError>(())
+            })?;
+            Ok(digest)
+        };
+        let digests =
+            |tensor: usize| (0..self.parts(tensor).len()).map(|component| digest(tensor, component)).collect();
+        (0..self.tensors.len()).map(digests).collect()
     }
 
     /// The size of the arena in bytes.
@@ -143,11 +196,14 @@ impl StateDict {
         self.tensors.get(tensor)?.get(component)
     }
 
-    fn host(&self) -> &[u8] {
-        self.arena.as_host().expect("a state dict is allocated on the host")
-    }
-
-    fn host_mut(&mut self) -> &mut [u8] {
-        self.arena.as_host_mut().expect("a state dict is allocated on the host")
+    /// Where in the arena the `len` kept bytes from `at` on of a component are.
+    fn kept(&self, (tensor, component): (usize, usize), at: usize, len: usize) -> Result<Range<usize>, DeviceError> {
+        let placed = self.placed(tensor, component);
+        let (offset, kept) = placed.map_or((0, 0), |placed| (placed.offset, placed.len()));
+        let end = at.saturating_add(len);
+        if end > kept {
+            return Err(OutOfRange { start: at, end, len: kept }.into());
+        }
+        Ok(offset + at..offset + end)
     }
 }

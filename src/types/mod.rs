@@ -9,6 +9,7 @@ mod ids;
 mod num;
 mod range;
 mod shape;
+mod wish;
 
 pub use digest::{BlockDigests, DIGEST_BLOCK_BYTES, DigestTable, TensorDigest, crc32c};
 pub use dtype::{DType, UnknownDType};
@@ -16,3 +17,4 @@ pub use ids::{Attempt, Fqn, Generation, JobId, Rank, Step, WorldSize, ZeroWorld}
 pub use num::{as_u64, as_usize};
 pub use range::ByteRange;
 pub use shape::{Shape, ShapeOverflow};
+pub use wish::{BackendWish, DeviceWish, Sharing};

@@ -1,24 +1,24 @@
 //! The data thread: it owns the communicator and the shards, and carries out one command after the other.
 
-use std::net::SocketAddr;
 use std::path::PathBuf;
 use std::sync::atomic::{AtomicU64, Ordering};
 use std::sync::{Arc, Mutex, PoisonError, mpsc};
 
 use tokio::sync::mpsc as async_mpsc;
 
+use super::plane::{Meeting, Offer, Plane};
 use super::proc_stat::peak_resident_bytes;
 use crate::checkpoint::{CheckpointError, WriteRequest, write_shard};
-use crate::comm::tcp::{DEFAULT_DEADLINE, DEFAULT_IDLE_DEADLINE, TcpConfig, TcpPort, connect};
-use crate::comm::{AbortHandle, CommError, Communicator, Group};
-use crate::error::{Classify, chain};
+use crate::comm::tcp::TcpPort;
+use crate::comm::{AbortHandle, CommError};
+use crate::device::Device;
+use crate::error::{Classify, Kind, chain};
 use crate::load::{Cancel, LoadError, LoadOptions, LoadReport, load};
 use crate::manifest::ShardReceipt;
 use crate::plan::{LoadPlan, Strategy};
-use crate::quant::Kernels;
 use crate::state::StateDict;
 use crate::store::LocalStore;
-use crate::types::{Attempt, Generation, Rank, Step};
+use crate::types::{Attempt, DeviceWish, Rank, Step};
 
 /// What the data thread is told to do.
 #[derive(Debug)]
@@ -42,10 +42,7 @@ pub(super) struct SaveCommand {
 #[derive(Debug)]
 pub(super) struct LoadCommand {
     pub(super) plan: LoadPlan,
-    pub(super) group: Group,
-    pub(super) generation: Generation,
-    pub(super) secret: [u8; 32],
-    pub(super) peers: Vec<SocketAddr>,
+    pub(super) meeting: Meeting,
 }
 
 /// What the data thread answers.
@@ -82,7 +79,7 @@ impl Watched {
         }
     }
 
-    fn set_abort(&self, handle: AbortHandle) {
+    pub(super) fn set_abort(&self, handle: AbortHandle) {
         *self.abort.lock().unwrap_or_else(PoisonError::into_inner) = Some(handle);
     }
 }
@@ -91,6 +88,7 @@ impl Watched {
 pub(super) struct DataThread {
     pub(super) port: Option<TcpPort>,
     pub(super) watched: Watched,
+    pub(super) offer: Offer,
     pub(super) held: Option<(LoadPlan, StateDict)>,
 }
 
@@ -109,36 +107,37 @@ impl DataThread {
     }
 
     fn load(&mut self, command: LoadCommand) -> Result<Outcome, Failure> {
-        let LoadCommand { plan, group, generation, secret, peers } = command;
+        let LoadCommand { plan, meeting } = command;
+        let group = meeting.group;
         self.watched.total_bytes.store(plan.kept_bytes(group.rank), Ordering::Relaxed);
         let store = LocalStore::new(&plan.root);
-        let options = LoadOptions {
-            rank: group.rank,
-            store: &store,
-            kernels: Kernels::detect(),
+        let device = placed(self.offer.device, &plan, group.rank)?;
+        let mut options = LoadOptions {
+            device,
             cancel: self.watched.cancel.clone(),
             done_bytes: self.watched.done_bytes.clone(),
+            ..LoadOptions::on_host(group.rank, &store)
         };
         let alone = plan.strategy == Strategy::Full || group.world.get() == 1;
-        let (loaded, traffic) = match self.port.take().filter(|_| !alone) {
-            None => (load(&plan, &options, None), None),
+        let (loaded, traffic, backend) = match self.port.take().filter(|_| !alone) {
+            None => (load(&plan, &options, None), None, ""),
             Some(port) => {
-                let (deadline, idle_deadline) = (DEFAULT_DEADLINE, DEFAULT_IDLE_DEADLINE);
-                let config = TcpConfig { group, generation, secret, peers, deadline, idle_deadline };
-                let mut comm = connect(config, port).map_err(|error| comm_failure(&error, group.rank))?;
+                let plane = Plane::choose(plan.device, device, &self.offer, &meeting)?;
+                let backend = plane.name();
+                options.comm_device = plane.device();
+                let (mut comm, counters) = plane.connect(meeting, port, &self.watched)?;
                 crate::faults::point("worker.connected");
-                self.watched.set_abort(comm.abort_handle());
-                let counters = comm.counters();
-                let loaded = load(&plan, &options, Some(&mut comm as &mut dyn Communicator));
+                let loaded = load(&plan, &options, Some(comm.as_mut()));
                 if let Err(error) = &loaded {
                     comm.abort_handle().abort(&chain(error));
                 }
-                (loaded, Some(counters.traffic()))
+                (loaded, Some(counters.traffic()), backend)
             }
         };
         let (state, mut report) = loaded.map_err(|error| load_failure(&error, group.rank))?;
         report.storage_bytes = store.read_counter().bytes();
         report.peak_resident_bytes = peak_resident_bytes();
+        report.backend = backend.to_owned();
         if let Some(traffic) = traffic {
             report.sent_bytes = traffic.payload_sent_bytes;
             report.received_bytes = traffic.payload_received_bytes;
@@ -169,6 +168,19 @@ impl DataThread {
     }
 }
 
+/// Where the plan puts the weights of a rank that has `found`.
+fn placed(found: Device, plan: &LoadPlan, rank: Rank) -> Result<Device, Failure> {
+    match (plan.device.device, found) {
+        (DeviceWish::Cpu, _) => Ok(Device::Host),
+        (DeviceWish::Cuda, Device::Host) => Err(Failure {
+            message: format!("the plan places weights on CUDA devices, and rank {rank} has none"),
+            exit_code: Kind::NotFound.exit_code(),
+            lost_peer: None,
+        }),
+        (DeviceWish::Cuda | DeviceWish::Auto, found) => Ok(found),
+    }
+}
+
 fn load_failure(error: &LoadError, own: Rank) -> Failure {
     match error {
         LoadError::Comm { fqn, source } => {
@@ -179,7 +191,7 @@ fn load_failure(error: &LoadError, own: Rank) -> Failure {
     }
 }
 
-fn comm_failure(error: &CommError, own: Rank) -> Failure {
+pub(super) fn comm_failure(error: &CommError, own: Rank) -> Failure {
     let lost_peer = match error {
         CommError::PeerLost { rank, .. } | CommError::Aborted { rank, .. } if *rank != own => Some(*rank),
         _ => None,

@@ -1,6 +1,7 @@
 //! Why a rank ends with failure, and the exit code that this means.
 
 use crate::comm::CommError;
+use crate::device::DeviceError;
 use crate::error::{Classify, Kind};
 use crate::rpc::{ConnectError, TokenError};
 
@@ -63,6 +64,9 @@ pub enum WorkerError {
     /// The data plane cannot listen.
     #[error(transparent)]
     Comm(#[from] CommError),
+    /// There is no device for this rank.
+    #[error(transparent)]
+    Device(#[from] DeviceError),
 }
 
 impl WorkerError {
@@ -88,6 +92,7 @@ impl WorkerError {
             Self::CoordinatorLost { .. } => Kind::Unavailable.exit_code(),
             Self::System { .. } => Kind::Internal.exit_code(),
             Self::Comm(source) => source.kind().exit_code(),
+            Self::Device(source) => source.kind().exit_code(),
         }
     }
 }

@@ -9,6 +9,7 @@
 mod calls;
 mod data;
 mod error;
+mod plane;
 mod proc_stat;
 mod session;
 
@@ -19,8 +20,9 @@ use std::time::Duration;
 pub use error::WorkerError;
 pub use session::{Ended, run};
 
+use crate::device::LocalRank;
 use crate::rpc::Token;
-use crate::types::{Rank, WorldSize};
+use crate::types::{DeviceWish, Rank, Sharing, WorldSize};
 
 /// What a worker is started with.
 #[derive(Clone, Debug)]
@@ -40,6 +42,14 @@ pub struct WorkerConfig {
     pub host: String,
     /// Where checkpoints go, if this host has them under another path than the coordinator's.
     pub checkpoint_root: Option<PathBuf>,
+    /// Where its weights may lie, before the plan is known.
+    pub device: DeviceWish,
+    /// Whether ranks may share a device.
+    pub sharing: Sharing,
+    /// Its place among the ranks of its host.
+    pub local: LocalRank,
+    /// The path of libnccl, unless the dynamic linker finds it.
+    pub nccl_library: Option<PathBuf>,
     /// How long the coordinator may be out of reach before the rank gives up.
     pub coordinator_deadline: Duration,
 }

@@ -13,6 +13,7 @@ use weightcast_proto::{PROTOCOL_VERSION, v1};
 
 use super::calls::{RETRY_DELAY, drain, enter, ip_towards, open_watch, refused, send_join};
 use super::data::{Command, DataThread, Failure, LoadCommand, Outcome, SaveCommand, Watched};
+use super::plane::{Meeting, Offer};
 use super::proc_stat::peak_resident_bytes;
 use super::{WorkerConfig, WorkerError};
 use crate::comm::Group;
@@ -41,11 +42,12 @@ pub async fn run(config: WorkerConfig) -> Result<Ended, WorkerError> {
             .map_err(|source| WorkerError::System { what: "finding this host's address for the data plane", source })?,
     };
     let port = TcpPort::bind(data_ip)?;
+    let offer = Offer::look(&config)?;
     let mut tasks = Tasks::new();
-    let (mut session, mut snapshots) = Session::join(&config, port.address()).await?;
+    let (mut session, mut snapshots) = Session::join(&config, port.address(), &offer).await?;
     let (commands, work) = mpsc::sync_channel(1);
     let (report, mut outcomes) = async_mpsc::channel(1);
-    let data = DataThread { port: Some(port), watched: session.watched.clone(), held: None };
+    let data = DataThread { port: Some(port), watched: session.watched.clone(), offer, held: None };
     spawn_thread("data", move || data.run(&work, &report))
         .map_err(|source| WorkerError::System { what: "starting the data thread", source })?;
     session.start_renewing(&mut tasks);
@@ -87,6 +89,7 @@ impl Session {
     async fn join(
         config: &WorkerConfig,
         data_address: SocketAddr,
+        offer: &Offer,
     ) -> Result<(Self, Streaming<v1::WatchResponse>), WorkerError> {
         let join = v1::JoinRequest {
             request_id: format!("{}-{:x}", std::process::id(), crate::clock::unix_ns()),
@@ -96,7 +99,9 @@ impl Session {
             process_id: std::process::id(),
             data_address: data_address.to_string(),
             protocol_version: PROTOCOL_VERSION,
-            device: "cpu".to_owned(),
+            device: offer.device_words(),
+            nccl_version: offer.nccl_version(),
+            nccl_unique_id: offer.nccl_unique_id(),
         };
         let start = crate::clock::now();
         let (clients, member, snapshots) = loop {
@@ -269,7 +274,8 @@ impl Session {
         let peers: Result<Vec<SocketAddr>, _> = snapshot.peers.iter().map(|peer| peer.parse()).collect();
         let peers = peers.map_err(|error| bad(format!("address of a peer: {error}")))?;
         let group = Group { rank: self.config.rank, world: self.config.world };
-        Ok(LoadCommand { plan, group, generation: Generation(self.generation), secret, peers })
+        let (generation, nccl_unique_id) = (Generation(self.generation), snapshot.nccl_unique_id.clone());
+        Ok(LoadCommand { plan, meeting: Meeting { group, generation, secret, peers, nccl_unique_id } })
     }
 
     /// Gets the plan and checks that it is the one that all ranks have.

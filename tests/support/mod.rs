@@ -6,7 +6,6 @@ pub(crate) mod refusal;
 
 use std::path::{Path, PathBuf};
 use std::process::{Child, Command, Stdio};
-use std::sync::Arc;
 use std::time::{Duration, Instant};
 
 use rustix::process::{Pid, Signal, kill_process};
@@ -14,10 +13,9 @@ use serde_json::Value;
 use weightcast::app::prepare_with;
 use weightcast::checkpoint::{WriteRequest, begin, commit, write_shard};
 use weightcast::config::JobConfig;
-use weightcast::load::{Cancel, LoadOptions, load};
+use weightcast::load::{LoadOptions, load};
 use weightcast::manifest::SealRequest;
 use weightcast::plan::Strategy;
-use weightcast::quant::Kernels;
 use weightcast::store::LocalStore;
 use weightcast::types::{Generation, Step, WorldSize};
 
@@ -234,8 +232,7 @@ pub(crate) fn commit_step(root: &str, model: &str, step: u64, world: u32) {
     let step = Step(step);
     let (attempt, directory) = begin(&checkpoints, step).expect("a new step");
     let write = |rank| {
-        let (kernels, cancel, done_bytes) = (Kernels::detect(), Cancel::default(), Arc::default());
-        let options = LoadOptions { rank, store: &files, kernels, cancel, done_bytes };
+        let options = LoadOptions::on_host(rank, &files);
         let (state, _) = load(&plan, &options, None).expect("a good model");
         let request = WriteRequest { plan: &plan, state: &state, store: &checkpoints, directory: &directory, step };
         write_shard(&request, &|_| {}).expect("room for a shard")

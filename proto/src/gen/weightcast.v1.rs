@@ -92,9 +92,15 @@ pub struct JoinRequest {
     /// The version of this protocol that the rank speaks.
     #[prost(uint32, tag = "7")]
     pub protocol_version: u32,
-    /// Devices of this rank in words, such as "cpu" or "cuda:0 NVIDIA H200".
+    /// The device of this rank's weights: "cpu", or as "cuda:0".
     #[prost(string, tag = "8")]
     pub device: ::prost::alloc::string::String,
+    /// The release of NCCL that this rank can use, such as "2.28.3"; empty when it cannot.
+    #[prost(string, tag = "9")]
+    pub nccl_version: ::prost::alloc::string::String,
+    /// The unique id that rank 0 made for its group; empty for other ranks. Who has it can join the group.
+    #[prost(bytes = "vec", tag = "10")]
+    pub nccl_unique_id: ::prost::alloc::vec::Vec<u8>,
 }
 #[derive(Clone, PartialEq, Eq, Hash, ::prost::Message)]
 pub struct JoinResponse {
@@ -139,6 +145,9 @@ pub struct WatchResponse {
     /// The directory of all checkpoints; empty when the job cannot save. A rank may know it under another path.
     #[prost(string, tag = "8")]
     pub checkpoint_root: ::prost::alloc::string::String,
+    /// Rank 0's unique id, when all ranks have joined and all offered the same release of NCCL.
+    #[prost(bytes = "vec", tag = "9")]
+    pub nccl_unique_id: ::prost::alloc::vec::Vec<u8>,
 }
 /// One try at writing a checkpoint.
 #[derive(Clone, PartialEq, Eq, Hash, ::prost::Message)]
