@@ -164,6 +164,10 @@ fn ranks_share_a_device_only_when_told_to() {
     let shared = place.finish(2, &[&model[..], &["--device", "cuda", "--share-devices"]].concat());
     assert_eq!(devices(&shared), ["cuda:0", "cuda:0"]);
     assert!(shared["digests"] == auto["digests"]);
+    assert_eq!(backends(&shared), ["tcp"; 2], "by itself NCCL is not tried between ranks of one device");
+    let nccl = place.finish(2, &[&model[..], &["--device", "cuda", "--share-devices", "--backend", "nccl"]].concat());
+    assert_eq!(backends(&nccl), ["nccl"; 2]);
+    assert!(nccl["digests"] == auto["digests"]);
 }
 
 #[test]

@@ -13,7 +13,7 @@ use weightcast_launcher::{
 
 use super::prepare::Prepared;
 use super::running::{RunFile, RunFileError};
-use crate::config::JobConfig;
+use crate::config::{JobConfig, variable};
 use crate::coordinator::{Coordinator, CoordinatorConfig, CoordinatorError, JobRecord, Journal, JournalError, View};
 use crate::error::{Classify, Kind};
 use crate::load::{LoadReport, logical_digests};
@@ -21,7 +21,7 @@ use crate::membership::AfterLoad;
 use crate::plan::DeviceRule;
 use crate::rpc::{Listener, ServeError, Token, TokenError, serve};
 use crate::tasks::{Tasks, survive_file_size_limit};
-use crate::types::{Fqn, JobId, Rank, Sharing, TensorDigest};
+use crate::types::{BackendWish, Fqn, JobId, Rank, Sharing, TensorDigest};
 
 /// Ranks of one host join within seconds; a scheduler may take minutes to place the last one.
 pub(super) const JOIN_DEADLINE: Duration = Duration::from_secs(600);
@@ -202,6 +202,20 @@ pub(super) fn worker_command(
     }
     if let Some(root) = checkpoint_root {
         environment.push(("WEIGHTCAST_CHECKPOINT_DIRECTORY".into(), root.into()));
+    }
+    let shares = device.is_some_and(|rule| rule.sharing == Sharing::Allowed && rule.backend == BackendWish::Nccl);
+    let told = ["NCCL_HOSTID", "NCCL_MULTI_RANK_GPU_ENABLE"].into_iter().any(|name| variable(name).is_some());
+    if shares
+        && !told
+        && let Ok(program) = std::env::current_exe()
+    {
+        // NCCL refuses two ranks with the same host and bus id; with a host id each they talk through sockets.
+        let script = "NCCL_HOSTID=\"$(uname -n)-$RANK\" exec \"$0\" worker";
+        return RankCommand {
+            program: "/bin/sh".into(),
+            args: vec!["-c".into(), script.into(), program.into()],
+            environment,
+        };
     }
     RankCommand { program: "/proc/self/exe".into(), args: vec!["worker".into()], environment }
 }

@@ -5,7 +5,7 @@ use std::process::{Command, Stdio};
 use std::time::Duration;
 
 use super::{BenchError, Figure, GIGA, float, limits, median_s, timed};
-use crate::app::{new_model, open_model};
+use crate::app::{ModelSource, new_model, open_model};
 use crate::load::LoadReport;
 use crate::model::{Architecture, GenerateRequest};
 use crate::plan::Strategy;
@@ -36,17 +36,7 @@ pub struct LoadBench {
 /// # Errors
 /// [`BenchError`].
 pub fn load(bench: &LoadBench) -> Result<Vec<Figure>, BenchError> {
-    if !bench.directory.join("config.json").exists() {
-        let request = GenerateRequest {
-            architecture: Architecture::Llama,
-            parameters: bench.parameters,
-            dtype: DType::BF16,
-            seed: 0,
-            max_file_bytes: FILE_BYTES,
-        };
-        new_model(&request, &bench.directory).map_err(BenchError::of)?;
-    }
-    let source = open_model(&bench.directory.display().to_string(), &|_| {}).map_err(BenchError::of)?;
+    let source = make_model(bench)?;
     let names: Vec<(String, u64)> = source.index.files.iter().map(|file| (file.name.clone(), file.len_bytes)).collect();
     let store = LocalStore::new(&bench.directory);
     let bytes = source.index.total_bytes();
@@ -60,7 +50,7 @@ pub fn load(bench: &LoadBench) -> Result<Vec<Figure>, BenchError> {
     let mut last = Vec::new();
     let whole = median_s(RUNS, || {
         let start = crate::clock::now();
-        last = job(bench)?;
+        last = job(bench, &["--quantize", "nf4", "--double", "--device", "cpu"])?;
         walls.push(last.iter().map(|report| report.wall_s).fold(0.0, f64::max));
         Ok::<_, BenchError>(start.elapsed())
     })?;
@@ -82,6 +72,21 @@ pub fn load(bench: &LoadBench) -> Result<Vec<Figure>, BenchError> {
     ];
     figures.extend(moved);
     Ok(figures)
+}
+
+/// The bench's model, made when it is not there.
+pub(super) fn make_model(bench: &LoadBench) -> Result<ModelSource, BenchError> {
+    if !bench.directory.join("config.json").exists() {
+        let request = GenerateRequest {
+            architecture: Architecture::Llama,
+            parameters: bench.parameters,
+            dtype: DType::BF16,
+            seed: 0,
+            max_file_bytes: FILE_BYTES,
+        };
+        new_model(&request, &bench.directory).map_err(BenchError::of)?;
+    }
+    open_model(&bench.directory.display().to_string(), &|_| {}).map_err(BenchError::of)
 }
 
 /// Bytes read, sent and kept in memory, beside what must be.
@@ -120,13 +125,15 @@ fn traffic(reports: &[LoadReport], weights: u64) -> Vec<Figure> {
     figures
 }
 
-fn job(bench: &LoadBench) -> Result<Vec<LoadReport>, BenchError> {
+/// The reports of a job that loads the model with `flags`.
+pub(super) fn job(bench: &LoadBench, flags: &[&str]) -> Result<Vec<LoadReport>, BenchError> {
     #[derive(serde::Deserialize)]
     struct Printed {
         loads: Vec<LoadReport>,
     }
     let output = Command::new("/proc/self/exe")
-        .args(["launch", "--nproc-per-node", &bench.ranks.to_string(), "--quantize", "nf4", "--double", "--json"])
+        .args(["launch", "--nproc-per-node", &bench.ranks.to_string(), "--json"])
+        .args(flags)
         .args(["--reader-threads", &bench.reader_threads.to_string(), "--strategy", bench.strategy.name(), "--model"])
         .arg(&bench.directory)
         .stdin(Stdio::null())

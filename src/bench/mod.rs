@@ -5,8 +5,10 @@
 
 mod checkpoint;
 mod collective;
+mod device;
 mod limits;
 mod load;
+mod nccl;
 mod quantize;
 
 use std::time::Duration;
@@ -15,7 +17,9 @@ use serde::Serialize;
 
 pub use checkpoint::checkpoint;
 pub use collective::collective;
+pub use device::{load_to_device, quantize_on_device};
 pub use load::{LoadBench, load};
+pub use nccl::nccl;
 pub use quantize::quantize;
 
 /// One measured figure.

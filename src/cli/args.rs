@@ -92,9 +92,18 @@ pub enum BenchCommand {
         /// Which ranks read: low-memory (rank 0), striped, full
         #[arg(long, value_parser = parse_strategy, default_value = "low-memory")]
         strategy: Strategy,
+        /// Load to the host (cpu), or to a CUDA device beside the page-locked copy (cuda)
+        #[arg(long, value_enum, default_value_t)]
+        device: BenchDevice,
     },
-    /// Quantizing on one core
-    Quantize,
+    /// Quantizing on one core, or on a CUDA device
+    Quantize {
+        /// Quantize on the processor (cpu), or on a CUDA device against the processor's bytes (cuda)
+        #[arg(long, value_enum, default_value_t)]
+        device: BenchDevice,
+    },
+    /// NCCL with one rank on a CUDA device; the library's path is in NCCL_LIBRARY, unless the dynamic linker finds it
+    Nccl,
     /// Broadcast and scatter over TCP
     Collective {
         /// Ranks
@@ -113,6 +122,16 @@ pub enum BenchCommand {
         #[arg(long, default_value_t = 2048)]
         mib: u64,
     },
+}
+
+/// What a benchmark runs on.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq, ValueEnum)]
+pub enum BenchDevice {
+    /// The processor and host memory.
+    #[default]
+    Cpu,
+    /// CUDA device 0.
+    Cuda,
 }
 
 /// `weightcast launch`

@@ -63,6 +63,8 @@ pub fn logical_digests(plan: &LoadPlan, reports: &[LoadReport]) -> Option<BTreeM
 /// `exchange_s`, where it cannot be told from moving.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Serialize, Deserialize)]
 pub struct StageTimes {
+    /// Getting the rank's memory: on a device with its context and page-locked buffers.
+    pub allocate_s: f64,
     /// Reading from storage.
     pub read_s: f64,
     /// Quantizing and converting.
@@ -76,6 +78,7 @@ pub struct StageTimes {
 /// Times and counts that several threads add to.
 #[derive(Debug, Default)]
 pub(super) struct Meters {
+    pub(super) allocate_ns: AtomicU64,
     pub(super) read_ns: AtomicU64,
     pub(super) encode_ns: AtomicU64,
     pub(super) exchange_ns: AtomicU64,
@@ -89,6 +92,7 @@ impl Meters {
     pub(super) fn stages(&self) -> StageTimes {
         let seconds = |meter: &AtomicU64| Duration::from_nanos(meter.load(Ordering::Relaxed)).as_secs_f64();
         StageTimes {
+            allocate_s: seconds(&self.allocate_ns),
             read_s: seconds(&self.read_ns),
             encode_s: seconds(&self.encode_ns),
             exchange_s: seconds(&self.exchange_ns),

@@ -82,7 +82,7 @@ pub fn load(
 ) -> Result<(StateDict, LoadReport), LoadError> {
     let start = crate::clock::now();
     let meters = Meters::default();
-    let mut state = StateDict::allocate(plan, options.rank, options.device)?;
+    let mut state = timed(&meters.allocate_ns, || StateDict::allocate(plan, options.rank, options.device))?;
     let comm = comm.filter(|_| plan.strategy != Strategy::Full && plan.world.get() > 1);
     let reads = plan.reads(options.rank);
     let files = if reads { Files::open(plan, options.store)? } else { Files::Model(Vec::new()) };
