@@ -257,7 +257,7 @@ fn the_ends_of_the_manifest_and_the_hint_are_not_trusted() {
 #[test]
 fn a_resume_names_the_block_of_a_flipped_bit() {
     const SEED: u64 = 4;
-    const BLOCK_BYTES: u64 = 8192;
+    const BLOCK_BYTES: u64 = 4096;
     let place = Place::new();
     let (root, step) = quantized_checkpoint(&place);
     let manifest = place.finish(&["checkpoint", "inspect", "--json", &root]);

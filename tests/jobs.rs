@@ -16,7 +16,7 @@ use support::{MODEL, Place, commit_step, signal, until, wait_until_holding};
 /// Tensors of tiny-llama: 6 layers of 9, the embedding and the last norm (its head is tied).
 const TENSORS: usize = 56;
 /// Digest blocks of a shard file (docs/FORMAT.md, 5).
-const BLOCK_BYTES: u64 = 8192;
+const BLOCK_BYTES: u64 = 4096;
 
 type Digests = BTreeMap<String, String>;
 

@@ -13,7 +13,7 @@ use weightcast::store::{NewFile, ReadAt, Store, StoreError};
 use weightcast::types::{BlockDigests, DIGEST_BLOCK_BYTES, DigestTable, crc32c};
 
 const SHARD: &str = "shard-00001-model-00001-of-00001.safetensors";
-const BLOCK: usize = 8192;
+const BLOCK: usize = 4096;
 const _: () = assert!(BLOCK as u64 == DIGEST_BLOCK_BYTES);
 
 fuzz_target!(|input: &[u8]| {

@@ -10,6 +10,7 @@
 
 mod catalog;
 mod commit;
+mod edges;
 mod error;
 mod layout;
 mod names;

@@ -1,6 +1,9 @@
 //! Reading shard files with every touched block verified (`CK-3`).
 
+use std::sync::PoisonError;
+
 use super::CheckpointError;
+use super::edges::Edges;
 use super::names::table_name;
 use crate::store::{ReadAt, Store};
 use crate::types::{ByteRange, DIGEST_BLOCK_BYTES, DigestTable, as_u64, as_usize, crc32c};
@@ -14,6 +17,7 @@ pub struct VerifiedFile {
     file: Box<dyn ReadAt>,
     path: String,
     table: Vec<u32>,
+    edges: Edges,
 }
 
 impl VerifiedFile {
@@ -39,7 +43,7 @@ impl VerifiedFile {
             return Err(CheckpointError::Table { path: table_path, expected, found });
         }
         let table = bytes.as_chunks::<4>().0.iter().map(|entry| u32::from_le_bytes(*entry)).collect();
-        Ok(Self { file, path, table })
+        Ok(Self { file, path, table, edges: Edges::default() })
     }
 
     /// Fills `into` with the file's bytes from `offset`; `tensor` names what is read, for the message.
@@ -48,7 +52,6 @@ impl VerifiedFile {
     /// [`CheckpointError::Block`] when a touched block is damaged; `into` must then not be used.
     pub fn read_exact_at(&self, offset: u64, into: &mut [u8], tensor: &str) -> Result<(), CheckpointError> {
         let end = offset.saturating_add(as_u64(into.len()));
-        let mut edge = vec![0_u8; as_usize(DIGEST_BLOCK_BYTES)];
         let (mut at, mut rest) = (offset, into);
         while at < end {
             let block_start = at / DIGEST_BLOCK_BYTES * DIGEST_BLOCK_BYTES;
@@ -64,9 +67,17 @@ impl VerifiedFile {
                 (at, rest) = (at + len, later);
             } else {
                 // A block of which only a part is wanted.
-                let block = edge.get_mut(..as_usize(block_end.saturating_sub(block_start))).unwrap_or_default();
-                self.file.read_exact_at(block_start, block)?;
-                self.verify(block_start, block, tensor)?;
+                let slot = self.edges.slot(block_start / DIGEST_BLOCK_BYTES);
+                let mut slot = slot.lock().unwrap_or_else(PoisonError::into_inner);
+                let block = match slot.as_ref() {
+                    Some(block) => block,
+                    None => {
+                        let mut block = vec![0_u8; as_usize(block_end.saturating_sub(block_start))];
+                        self.file.read_exact_at(block_start, &mut block)?;
+                        self.verify(block_start, &block, tensor)?;
+                        slot.insert(block)
+                    }
+                };
                 let stop = end.min(block_end);
                 let (now, later) = std::mem::take(&mut rest).split_at_mut(as_usize(stop - at));
                 let wanted = as_usize(at - block_start)..as_usize(stop - block_start);

@@ -85,7 +85,7 @@ pub fn load(
     let mut state = timed(&meters.allocate_ns, || StateDict::allocate(plan, options.rank, options.device))?;
     let comm = comm.filter(|_| plan.strategy != Strategy::Full && plan.world.get() > 1);
     let reads = plan.reads(options.rank);
-    let files = if reads { Files::open(plan, options.store)? } else { Files::Model(Vec::new()) };
+    let files = if reads { Files::open(plan, options.rank, options.store)? } else { Files::Model(Vec::new()) };
     let encoder = Encoder { files: &files, meters: &meters, kernels: options.kernels };
     let pipeline = Pipeline::new(plan);
     let mover = Mover {

@@ -1,24 +1,28 @@
 //! The files that a plan reads from, open.
 
+use std::collections::BTreeSet;
+
 use super::LoadError;
+use super::jobs::{Work, jobs};
 use super::report::{Meters, timed};
 use crate::checkpoint::VerifiedFile;
-use crate::plan::LoadPlan;
+use crate::plan::{Input, LoadPlan};
 use crate::store::{ReadAt, Store};
-use crate::types::{ByteRange, Fqn, as_usize};
+use crate::types::{ByteRange, Fqn, Rank, as_usize};
 
 /// All files of a plan.
 #[derive(Debug)]
 pub(super) enum Files {
     /// A model's: their headers were checked when the plan was made.
     Model(Vec<Box<dyn ReadAt>>),
-    /// A checkpoint's: every touched block is verified.
-    Checkpoint(Vec<VerifiedFile>),
+    /// A checkpoint's: every touched block is verified. Those that this rank reads nothing of are not opened, so that
+    /// many ranks do not all read the digests of all.
+    Checkpoint(Vec<Option<VerifiedFile>>),
 }
 
 impl Files {
-    /// Opens the files and checks their lengths against the plan.
-    pub(super) fn open(plan: &LoadPlan, store: &dyn Store) -> Result<Self, LoadError> {
+    /// Opens the files that `rank` reads and checks their lengths against the plan.
+    pub(super) fn open(plan: &LoadPlan, rank: Rank, store: &dyn Store) -> Result<Self, LoadError> {
         if plan.digest_tables.is_empty() {
             let mut files = Vec::with_capacity(plan.files.len());
             for entry in &plan.files {
@@ -34,9 +38,11 @@ impl Files {
             }
             return Ok(Self::Model(files));
         }
+        let read = stored_files(plan, rank);
         let mut files = Vec::with_capacity(plan.files.len());
-        for (entry, table) in plan.files.iter().zip(&plan.digest_tables) {
-            files.push(VerifiedFile::open(store, &entry.name, entry.len_bytes, *table)?);
+        for (index, (entry, table)) in (0..).zip(plan.files.iter().zip(&plan.digest_tables)) {
+            let open = || VerifiedFile::open(store, &entry.name, entry.len_bytes, *table);
+            files.push(read.contains(&index).then(open).transpose()?);
         }
         Ok(Self::Checkpoint(files))
     }
@@ -57,9 +63,11 @@ impl Files {
                 .ok_or_else(unlisted)?
                 .read_exact_at(offset, into)
                 .map_err(|source| LoadError::Read { fqn: fqn.clone(), source }),
-            Self::Checkpoint(files) => {
-                Ok(files.get(file).ok_or_else(unlisted)?.read_exact_at(offset, into, fqn.as_str())?)
-            }
+            Self::Checkpoint(files) => Ok(files
+                .get(file)
+                .and_then(Option::as_ref)
+                .ok_or_else(unlisted)?
+                .read_exact_at(offset, into, fqn.as_str())?),
         })
     }
 
@@ -88,4 +96,20 @@ impl Files {
             Err(LoadError::Plan { fqn: fqn.clone(), what: "its stored chunks have a hole" })
         }
     }
+}
+
+/// The files of a checkpoint that the jobs of `rank` touch.
+fn stored_files(plan: &LoadPlan, rank: Rank) -> BTreeSet<u32> {
+    let mut files = BTreeSet::new();
+    for job in jobs(plan, rank) {
+        let input = plan.tensors.get(job.tensor).map(|tensor| &tensor.input);
+        let (Some(Input::Stored { parts, .. }), Work::Copy { component, range }) = (input, job.work) else { continue };
+        for chunk in parts.get(component).map_or(&[][..], Vec::as_slice) {
+            let whole = ByteRange::with_len(chunk.at, chunk.range.len()).unwrap_or_default();
+            if whole.intersect(range).is_some() {
+                files.insert(chunk.file);
+            }
+        }
+    }
+    files
 }
