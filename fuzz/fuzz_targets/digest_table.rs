@@ -52,7 +52,7 @@ fuzz_target!(|input: &[u8]| {
     let end = start + number(14) % (length - start + 1);
     let mut found = vec![0; end - start];
     let touched = start / BLOCK * BLOCK..end.next_multiple_of(BLOCK).min(length);
-    let hit = damaged.filter(|damaged| start < end && touched.start < damaged.end && damaged.start < touched.end);
+    let hit = damaged.as_ref().filter(|damaged| start < end && touched.start < damaged.end && damaged.start < touched.end);
     match (opened.read_exact_at(start as u64, &mut found, "w"), hit) {
         (Ok(()), None) => assert_eq!(found, written[start..end]),
         (Err(CheckpointError::Block { path, block, tensor, .. }), Some(damaged)) => {

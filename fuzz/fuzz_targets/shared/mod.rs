@@ -1,6 +1,6 @@
 //! What a plan must hold, wherever it came from: every byte of every component has one owner among the ranks, who keeps it.
 
-use weightcast::plan::{Chunking, DTypeRule, LoadPlan, LoadRequest, Part, Placement, QuantizationRule, Strategy};
+use weightcast::plan::{DeviceRule, Chunking, DTypeRule, LoadPlan, LoadRequest, Part, Placement, QuantizationRule, Strategy};
 use weightcast::quant::{BlockSize, FourBitCode};
 use weightcast::types::WorldSize;
 
@@ -21,6 +21,7 @@ pub fn request() -> LoadRequest {
         quantization: QuantizationRule::FourBit { code: FourBitCode::Nf4, block, nested: true, skip: Vec::new() },
         chunking: Chunking { chunk_bytes: 1 << 18, reader_threads: 2, queue_chunks: 4 },
         digests: false,
+        device: DeviceRule::default(),
     }
 }
 

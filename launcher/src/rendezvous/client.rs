@@ -25,7 +25,7 @@ const CONNECT: Duration = Duration::from_secs(3);
 const PAUSE_MS: u64 = 100;
 /// After this long without a word of the rendezvous, a port of node 0's own that it cannot bind is somebody else's. Until
 /// then it may be that of a launcher that is about to end.
-const TAKEN: Duration = Duration::from_secs(1);
+const TAKEN: Duration = Duration::from_millis(600);
 /// Something is said about what is waited for after the first failure, and then this often.
 const REMINDER: Duration = Duration::from_secs(15);
 
