@@ -4,6 +4,7 @@
 #[expect(dead_code, reason = "each test file uses its part")]
 mod support;
 
+use std::os::unix::fs::PermissionsExt as _;
 use std::time::Duration;
 
 use rustix::process::Signal;
@@ -13,9 +14,13 @@ use support::{Job, MODEL, PATIENCE, Place, signal, until};
 const QUICKLY: Duration = Duration::from_secs(2);
 
 fn coordinator(place: &Place) -> Job {
+    coordinator_with(place, &["--save"])
+}
+
+fn coordinator_with(place: &Place, more: &[&str]) -> Job {
     let (state, checkpoints) = (place.path("state"), place.path("checkpoints"));
-    let flags = ["--model", MODEL, "--quantize", "nf4", "--save", "--hold", "--checkpoint-dir", &checkpoints];
-    place.start(&[&["coordinator", "--ranks", "4", "--state-dir", &state, "--json"], &flags[..]].concat())
+    let flags = ["--model", MODEL, "--quantize", "nf4", "--hold", "--checkpoint-dir", &checkpoints];
+    place.start(&[&["coordinator", "--ranks", "4", "--state-dir", &state, "--json"], &flags[..], more].concat())
 }
 
 /// The address that it says it listens on.
@@ -119,4 +124,50 @@ fn other_hosts_are_let_in_only_when_asked_for() {
         place.run(&["coordinator", "--ranks", "1", "--state-dir", &state, "--listen", "0.0.0.0:0", "--model", MODEL]);
     assert_eq!(ended.code, Some(78), "{}", ended.stderr);
     assert!(ended.stderr.contains("--listen 0.0.0.0:0: expected an address of this host alone"), "{}", ended.stderr);
+}
+
+/// A scheduler's SIGTERM reaches the coordinator alone: what is not saved is saved, under the step that was asked for.
+#[test]
+fn a_coordinator_that_is_told_to_end_saves_before() {
+    let place = Place::new();
+    let mut coordinator = coordinator_with(&place, &["--step", "7"]);
+    let address = address(&mut coordinator);
+    let nodes = nodes(&place, &address);
+    assert_eq!(holding(&place)["last_checkpoint"], "", "nothing is saved yet");
+    signal(coordinator.process(), Signal::TERM);
+    let ended = coordinator.wait();
+    assert_eq!((ended.code, &ended.json()["checkpoint"]), (Some(75), &"step-000000007".into()), "{}", ended.stderr);
+    for node in nodes {
+        let ended = node.wait();
+        assert_eq!(ended.code, Some(0), "{}", ended.stderr);
+    }
+    let verified = place.run(&["checkpoint", "verify", "--deep", &place.path("checkpoints")]);
+    assert_eq!(verified.code, Some(0), "{}", verified.stderr);
+    place.expect_no_process();
+}
+
+#[test]
+fn the_secrets_of_a_job_are_not_put_where_others_read() {
+    let place = Place::new();
+    let state = place.path("state");
+    std::fs::create_dir(&state).expect("a new directory");
+    std::fs::set_permissions(&state, std::fs::Permissions::from_mode(0o755)).expect("our own");
+    let ended = place.run(&["coordinator", "--ranks", "1", "--state-dir", &state, "--model", MODEL]);
+    assert_eq!(ended.code, Some(78), "{}", ended.stderr);
+    assert!(ended.stderr.contains("state: expected mode 700"), "{}", ended.stderr);
+    assert!(ended.stderr.contains("found 755"), "{}", ended.stderr);
+}
+
+/// What the coordinator decides cannot be said to a launcher that joins, which would do nothing with it.
+#[test]
+fn flags_that_nobody_would_follow_are_refused() {
+    let place = Place::new();
+    let join = ["launch", "--coordinator", "127.0.0.1:1", "--token-file", "token"];
+    for flags in [&["--quantize", "nf4"][..], &["--hold"], &["--json"], &["--model", MODEL], &["--max-restarts", "1"]] {
+        let ended = place.run(&[&join[..], flags].concat());
+        assert_eq!(ended.code, Some(64), "{flags:?}: {}", ended.stderr);
+    }
+    let ended = place.run(&["launch", "--model", MODEL, "--max-restarts", "1"]);
+    assert_eq!(ended.code, Some(64), "{}", ended.stderr);
+    assert!(ended.stderr.contains("--max-restarts: expected 0 with a job"), "{}", ended.stderr);
 }

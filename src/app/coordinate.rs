@@ -4,6 +4,8 @@ use std::net::SocketAddr;
 use std::path::{Path, PathBuf};
 use std::time::Duration;
 
+use tokio::signal::unix::{SignalKind, signal};
+
 use super::launch::{Audience, JOIN_DEADLINE, job_record};
 use super::prepare::{PrepareError, Prepared};
 use super::running::{RunFile, RunFileError};
@@ -13,6 +15,7 @@ use crate::coordinator::{
 };
 use crate::error::{Classify, Kind};
 use crate::load::LoadReport;
+use crate::membership::Event;
 use crate::rpc::{Listener, ServeError, Token, TokenError, serve};
 use crate::tasks::{Tasks, blocking, survive_file_size_limit};
 
@@ -41,6 +44,8 @@ pub struct Coordinated {
     pub view: View,
     /// The figures of the ranks' loads.
     pub loads: Vec<LoadReport>,
+    /// Whether a signal asked for the end.
+    pub preempted: bool,
 }
 
 /// Why a coordinator cannot work.
@@ -71,6 +76,20 @@ pub enum CoordinateError {
         /// The system's error.
         source: std::io::Error,
     },
+    /// Other users could read the job's secrets.
+    #[error("state directory {path}: expected mode 700, because it holds the job's secrets, found {found:o}")]
+    Readable {
+        /// The directory.
+        path: String,
+        /// Its mode.
+        found: u32,
+    },
+    /// The job has no end, and nobody works on it.
+    #[error("job {job}: its coordinator ended by itself; its log says why")]
+    Broken {
+        /// The job.
+        job: String,
+    },
     /// Other hosts could read the job's secrets.
     #[error(
         "--listen {address}: expected an address of this host alone, because calls are not encrypted; \
@@ -91,8 +110,8 @@ impl Classify for CoordinateError {
             Self::Token(source) => source.kind(),
             Self::Serve(source) => source.kind(),
             Self::RunFile(source) => source.kind(),
-            Self::Signals { .. } => Kind::Internal,
-            Self::NotLoopback { .. } => Kind::Conflict,
+            Self::Signals { .. } | Self::Broken { .. } => Kind::Internal,
+            Self::NotLoopback { .. } | Self::Readable { .. } => Kind::Conflict,
         }
     }
 }
@@ -112,8 +131,9 @@ pub async fn coordinate(
         return Err(CoordinateError::NotLoopback { address: place.listen });
     }
     survive_file_size_limit().map_err(|source| CoordinateError::Signals { source })?;
+    let is_new = rustix::fs::stat(&place.state_directory).is_err();
     let journal = Journal::open(&place.state_directory)?;
-    private(&place.state_directory);
+    make_private(&place.state_directory, is_new)?;
     let token = token(&place)?;
     let mut tasks = Tasks::new();
     let (record, listener, left) = match journal.interrupted()? {
@@ -147,30 +167,67 @@ pub async fn coordinate(
     let coordinator = Coordinator::start(config, &mut tasks)?;
     serve(coordinator.clone(), token, listener, &mut tasks);
     crate::faults::point("coordinator.serves");
-    let view = until_over(&coordinator, audience, farewell).await;
+    let mut signals = Signals::new().map_err(|source| CoordinateError::Signals { source })?;
+    let (view, preempted) = until_over(&coordinator, audience, farewell, &mut signals).await;
+    if !view.is_over() {
+        return Err(CoordinateError::Broken { job: view.job.to_string() });
+    }
     crate::faults::point("coordinator.over");
     journal.close()?;
     RunFile::remove(&directory);
     let loads = coordinator.loads();
     tasks.shut_down(Duration::from_millis(500)).await;
-    Ok(Coordinated { view, loads })
+    Ok(Coordinated { view, loads, preempted })
 }
 
-/// Follows the job to its end, and stays until its ranks have heard of it, for at least as long as `least`.
-async fn until_over(coordinator: &Coordinator, mut audience: Audience, least: Duration) -> View {
+/// Follows the job to its end, and stays until its ranks have heard of it, for at least as long as `least`. A signal asks
+/// for the end: what is not saved is saved before. The flag says that one came.
+async fn until_over(
+    coordinator: &Coordinator,
+    mut audience: Audience,
+    least: Duration,
+    signals: &mut Signals,
+) -> (View, bool) {
     let mut views = coordinator.views();
+    let mut preempted = false;
     let view = loop {
         let view = views.borrow_and_update().clone();
         (audience.view)(&view);
-        if view.is_over() || views.changed().await.is_err() {
-            break view;
+        // Cancel safe: a watch and a signal lose nothing when the other wins.
+        tokio::select! {
+            changed = views.changed(), if !view.is_over() => if changed.is_err() { break view; },
+            () = signals.next() => {
+                preempted = true;
+                // Refused only when the job is over.
+                let _ = coordinator.apply(Event::DrainRequested(coordinator.next_step())).await;
+            }
+            () = std::future::ready(()), if view.is_over() => break view,
         }
     };
     let over = crate::clock::now();
     while over.elapsed() < least || (coordinator.is_followed() && over.elapsed() < FAREWELL) {
         tokio::time::sleep(FAREWELL_TICK).await;
     }
-    view
+    (view, preempted)
+}
+
+/// The signals that ask for an end.
+struct Signals {
+    terminate: tokio::signal::unix::Signal,
+    interrupt: tokio::signal::unix::Signal,
+}
+
+impl Signals {
+    fn new() -> std::io::Result<Self> {
+        Ok(Self { terminate: signal(SignalKind::terminate())?, interrupt: signal(SignalKind::interrupt())? })
+    }
+
+    async fn next(&mut self) {
+        tokio::select! {
+            _ = self.terminate.recv() => {}
+            _ = self.interrupt.recv() => {}
+        }
+    }
 }
 
 fn announce(record: &JobRecord, address: SocketAddr, token: &Token, directory: &Path) -> Result<(), RunFileError> {
@@ -183,11 +240,18 @@ fn announce(record: &JobRecord, address: SocketAddr, token: &Token, directory: &
     run.write(directory)
 }
 
-/// The journal holds the data plane's secret.
-fn private(directory: &Path) {
-    if let Err(errno) = rustix::fs::chmod(directory, rustix::fs::Mode::RWXU) {
+/// The journal holds the data plane's secret, and the token may be here. A directory that was there before is not changed.
+fn make_private(directory: &Path, is_new: bool) -> Result<(), CoordinateError> {
+    use rustix::fs::Mode;
+    if is_new && let Err(errno) = rustix::fs::chmod(directory, Mode::RWXU) {
         tracing::warn!(directory = %directory.display(), %errno, "cannot restrict the directory to this user");
     }
+    let mode = rustix::fs::stat(directory).map_or(Mode::empty(), |stat| Mode::from_raw_mode(stat.st_mode));
+    if mode.intersects(Mode::RWXG | Mode::RWXO) {
+        let path = directory.display().to_string();
+        return Err(CoordinateError::Readable { path, found: mode.as_raw_mode() });
+    }
+    Ok(())
 }
 
 fn token(place: &CoordinatorPlace) -> Result<Token, TokenError> {

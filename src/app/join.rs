@@ -9,6 +9,7 @@ use weightcast_launcher::{
 };
 
 use super::launch::{LaunchJobError, worker_command};
+use crate::plan::DeviceRule;
 use crate::rpc::{Clients, Token};
 use crate::tasks::Tasks;
 
@@ -26,6 +27,8 @@ pub struct CoordinatorAddress {
     pub token_file: PathBuf,
     /// Where checkpoints are on this node, if not where the coordinator says.
     pub checkpoint_root: Option<PathBuf>,
+    /// What this node's ranks may use before they know the plan; by default what the environment says.
+    pub device: Option<DeviceRule>,
 }
 
 /// Runs this node's ranks to their end.
@@ -42,7 +45,7 @@ pub async fn join(
     token.header()?;
     let absolute = |path: &PathBuf| std::path::absolute(path).unwrap_or_else(|_| path.clone());
     let (token_file, root) = (absolute(&coordinator.token_file), coordinator.checkpoint_root.as_ref().map(absolute));
-    let command = worker_command(&coordinator.address, &token_file, root.as_deref(), None);
+    let command = worker_command(&coordinator.address, &token_file, root.as_deref(), coordinator.device);
     let mut launch = Launch::with_command(args, &Environment::of_this_process(), command)?;
     // The launchers of the nodes know each other by the job's token, unless they have one of their own.
     launch.gathering.token_file.get_or_insert_with(|| token_file.clone());

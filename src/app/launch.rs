@@ -177,6 +177,7 @@ pub(super) fn job_record(config: &JobConfig, prepared: Prepared, listens: Socket
             save: (config.checkpoint.save && prepared.resumed_from.is_none()).then_some(prepared.step),
             then: config.exit_policy(),
         },
+        step: prepared.step,
         resumed: prepared.resumed_from.is_some(),
         checkpoint_root: config.checkpoint.directory.as_ref().map(absolute),
         plan: prepared.plan,

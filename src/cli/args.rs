@@ -199,7 +199,7 @@ pub struct PlanFlags {
 }
 
 /// Flags that stand for entries of a job file.
-#[derive(Clone, Debug, Default, Args)]
+#[derive(Clone, Debug, Default, PartialEq, Args)]
 #[command(next_help_heading = "Job")]
 pub struct JobOverrides {
     /// Model directory, file, or hub id (`org/name[@revision]`)

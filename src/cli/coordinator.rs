@@ -39,8 +39,8 @@ pub(super) fn run(flags: CoordinatorFlags) -> u8 {
 
 /// Says how the job ended and gives its exit code.
 fn finish(coordinated: &Coordinated, as_json: bool) -> u8 {
-    let Coordinated { view, loads } = coordinated;
-    let code = view.cause().map_or(0, |cause| cause.exit_code);
+    let Coordinated { view, loads, preempted } = coordinated;
+    let code = view.cause().map_or(if *preempted { super::EXIT_PREEMPTED } else { 0 }, |cause| cause.exit_code);
     if as_json {
         json(&json!({
             "job": view.job,

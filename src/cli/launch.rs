@@ -3,13 +3,14 @@
 use serde_json::json;
 use weightcast_launcher::{Environment, Event, EventSink, Launch, LaunchArgs, run as run_ranks, stop_channel};
 
-use super::args::LaunchFlags;
+use super::args::{JobOverrides, LaunchFlags};
 use super::output::{bytes, fail, fail_with, json, refuse, say};
 use super::progress::ProgressLine;
 use crate::app::{Audience, CoordinatorAddress, LaunchJob, Launched, join, launch, prepare};
 use crate::config::JobConfig;
 use crate::membership::Phase;
-use crate::types::WorldSize;
+use crate::plan::DeviceRule;
+use crate::types::{Sharing, WorldSize};
 
 pub(super) fn run(flags: LaunchFlags) -> u8 {
     let LaunchFlags { job, json, coordinator, token_file, launch } = flags;
@@ -18,8 +19,26 @@ pub(super) fn run(flags: LaunchFlags) -> u8 {
             say("error: --coordinator: the coordinator knows the job; expected no model, job file or program");
             return super::EXIT_USAGE;
         }
-        let checkpoint_root = job.checkpoint_dir;
-        return join_job(&launch, &CoordinatorAddress { address, token_file, checkpoint_root });
+        let JobOverrides { checkpoint_dir: checkpoint_root, device, share_devices, backend, .. } = job.clone();
+        let of_this_node =
+            JobOverrides { checkpoint_dir: None, device: None, share_devices: false, backend: None, ..job };
+        if json || of_this_node != JobOverrides::default() {
+            say(
+                "error: --coordinator: the coordinator knows the job; of a job's flags expected only --checkpoint-dir, \
+                 --device, --share-devices and --backend",
+            );
+            return super::EXIT_USAGE;
+        }
+        let is_told = device.is_some() || share_devices || backend.is_some();
+        let device = is_told.then(|| DeviceRule {
+            device: device.unwrap_or_default(),
+            sharing: if share_devices { Sharing::Allowed } else { Sharing::Refused },
+            backend: backend.unwrap_or_default(),
+        });
+        if restarts(&launch) {
+            return super::EXIT_USAGE;
+        }
+        return join_job(&launch, &CoordinatorAddress { address, token_file, checkpoint_root, device });
     }
     let file = launch
         .command
@@ -37,9 +56,21 @@ pub(super) fn run(flags: LaunchFlags) -> u8 {
         Ok(config) => config,
         Err(error) => return fail(&error),
     };
+    if restarts(&launch) {
+        return super::EXIT_USAGE;
+    }
     job.apply(&mut config);
     let launch = LaunchArgs { command: Vec::new(), ..launch };
     run_job(config, launch, json)
+}
+
+/// Whether ranks are to be started again one by one, which a job has no use for: says so.
+fn restarts(launch: &LaunchArgs) -> bool {
+    let asked = launch.max_restarts.as_deref().is_some_and(|count| count != "0");
+    if asked {
+        say("error: --max-restarts: expected 0 with a job: start the job again, and it resumes from its checkpoint");
+    }
+    asked
 }
 
 pub(super) fn runtime() -> std::io::Result<tokio::runtime::Runtime> {

@@ -23,6 +23,8 @@ use clap::Parser as _;
 
 /// Usage errors (sysexits.h, `EX_USAGE`).
 const EXIT_USAGE: u8 = 64;
+/// Ended because a signal asked for it, with everything saved (sysexits.h, `EX_TEMPFAIL`).
+const EXIT_PREEMPTED: u8 = 75;
 
 /// Lets a test end this process at a step that it names; nothing in a release build.
 fn arm_faults(role: &str) {

@@ -6,8 +6,6 @@ use crate::device::LocalRank;
 use crate::rpc::Token;
 use crate::worker::{self, Ended, WorkerConfig};
 
-/// The exit code after a signal that led to a committed checkpoint (docs: launcher contract).
-const EXIT_PREEMPTED: u8 = 75;
 /// How long the coordinator may be out of reach: a restart of it takes a second or two.
 const COORDINATOR_DEADLINE: std::time::Duration = std::time::Duration::from_secs(10);
 
@@ -38,7 +36,7 @@ pub(super) fn run() -> u8 {
     };
     match runtime.block_on(worker::run(config)) {
         Ok(Ended::Finished) => 0,
-        Ok(Ended::Preempted) => EXIT_PREEMPTED,
+        Ok(Ended::Preempted) => super::EXIT_PREEMPTED,
         Err(error) => fail_with(&error, error.exit_code()),
     }
 }

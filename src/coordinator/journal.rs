@@ -18,7 +18,7 @@ use crate::error::{Classify, Kind};
 use crate::membership::{AfterLoad, Cause, Formed};
 use crate::plan::LoadPlan;
 use crate::store::{LocalStore, Store, StoreError, read_small, write_small};
-use crate::types::{Generation, JobId};
+use crate::types::{Generation, JobId, Step};
 
 /// A plan of a large model is about a megabyte.
 const MAX_RECORD_BYTES: u64 = 256 << 20;
@@ -56,6 +56,8 @@ pub struct JobRecord {
     pub job: JobId,
     /// The plan that the ranks carry out.
     pub plan: LoadPlan,
+    /// The step that a checkpoint of this job has.
+    pub step: Step,
     /// What follows the load.
     pub after_load: AfterLoad,
     /// Whether the plan loads a checkpoint of this root.
@@ -134,7 +136,7 @@ impl Journal {
             return Ok(None);
         }
         let record = self.read(&job)?;
-        let generation = if self.last >= self.job { self.read_generation() } else { None };
+        let generation = if self.last >= self.job { self.read_generation()? } else { None };
         let end = if names.contains(&end) { Some(self.read(&end)?) } else { None };
         Ok(Some(Interrupted { record, generation, end }))
     }
@@ -190,8 +192,12 @@ impl Journal {
     }
 
     /// The record of the last generation; one that was cut off was never announced.
-    fn read_generation(&self) -> Option<GenerationRecord> {
-        self.read(&format!("generation-{:09}", self.last.0)).ok()
+    fn read_generation(&self) -> Result<Option<GenerationRecord>, JournalError> {
+        match self.read(&format!("generation-{:09}", self.last.0)) {
+            Ok(record) => Ok(Some(record)),
+            Err(JournalError::Record { .. }) => Ok(None),
+            Err(error) => Err(error),
+        }
     }
 }
 
@@ -225,6 +231,6 @@ mod tests {
         let directory = tempfile::tempdir().expect("a temporary directory");
         write_small(&LocalStore::new(directory.path()), "generation-000000003", b"{\"formed\"").expect("written");
         let journal = Journal::open(directory.path()).expect("opens");
-        assert_eq!((journal.last(), journal.read_generation()), (Generation(3), None));
+        assert_eq!((journal.last(), journal.read_generation().expect("readable")), (Generation(3), None));
     }
 }

@@ -101,8 +101,7 @@ impl Coordinator {
         let plan_bytes = config.record.plan.encode();
         let (events, queue) = mpsc::channel(QUEUE);
         let incarnation = format!("{:x}-{}", crate::clock::unix_ns(), std::process::id());
-        let next_step =
-            config.record.checkpoint_root.as_ref().map(|_| config.record.after_load.save.unwrap_or_default());
+        let next_step = config.record.checkpoint_root.as_ref().map(|_| config.record.step);
         let (owner, views) = owner::Owner::new(config, LoadPlan::sha256(&plan_bytes), events.clone())?;
         tasks.spawn("coordinator", owner.run(queue));
         let job = views.borrow().job.clone();

@@ -8,12 +8,12 @@ use tokio::sync::{mpsc, watch};
 
 use super::{CoordinatorConfig, EndRecord, GenerationRecord, JobRecord, Journal, Request, View};
 use crate::checkpoint::{self, CheckpointError};
-use crate::error::{Classify, chain};
+use crate::error::{Classify, Kind, chain};
 use crate::manifest::{SealRequest, ShardReceipt};
 use crate::membership::{Effect, Event, Membership, Phase, Save, Settings, TICK};
 use crate::plan::LoadPlan;
 use crate::store::LocalStore;
-use crate::tasks::{Tasks, blocking};
+use crate::tasks::Tasks;
 use crate::types::{Generation, Step};
 
 pub(super) struct Owner {
@@ -140,7 +140,12 @@ impl Owner {
     fn start(&mut self, effect: Effect) {
         let (context, events) = (self.effects.clone(), self.events.clone());
         self.running.spawn("effect", async move {
-            let event = blocking(move || context.carry_out(effect)).await;
+            let carried_out = tokio::task::spawn_blocking(move || context.carry_out(effect)).await;
+            // A job must not wait for an effect that panicked.
+            let event = carried_out.unwrap_or_else(|error| Event::ShellFailed {
+                message: format!("the coordinator failed: {error}"),
+                exit_code: Kind::Internal.exit_code(),
+            });
             // The owner is gone only when the job is.
             let _ = events.send(Request { event, answer: None }).await;
         });
@@ -165,7 +170,7 @@ impl EffectContext {
     fn begin(&self, step: Step) -> Event {
         let Some(store) = self.store() else {
             let message = "the job has no checkpoint directory".to_owned();
-            return Event::ShellFailed { message, exit_code: crate::error::Kind::Conflict.exit_code() };
+            return Event::ShellFailed { message, exit_code: Kind::Conflict.exit_code() };
         };
         match checkpoint::begin(&store, step) {
             Ok((attempt, directory)) => Event::SaveBegun { attempt, directory },
@@ -176,7 +181,7 @@ impl EffectContext {
     fn commit(&self, save: &Save, receipts: Vec<ShardReceipt>, generation: Generation) -> Event {
         let Some(store) = self.store() else {
             let message = "the job has no checkpoint directory".to_owned();
-            return Event::ShellFailed { message, exit_code: crate::error::Kind::Conflict.exit_code() };
+            return Event::ShellFailed { message, exit_code: Kind::Conflict.exit_code() };
         };
         let request = SealRequest { plan: &self.plan, step: save.step, attempt: save.attempt, generation };
         match checkpoint::commit(&store, &request, receipts) {
@@ -199,9 +204,10 @@ fn shell_failed<E: Classify + 'static>(error: &E) -> Event {
 
 /// The checkpoint that this generation has committed for the step it is to save, if it has.
 fn committed_by(record: &JobRecord, generation: Generation) -> Result<Option<String>, CheckpointError> {
-    let (Some(step), Some(root)) = (record.after_load.save, &record.checkpoint_root) else { return Ok(None) };
+    let Some(root) = &record.checkpoint_root else { return Ok(None) };
     let listed = checkpoint::list(&LocalStore::new(root))?;
-    let found = listed.into_iter().filter(|listed| listed.step == step).find_map(|listed| listed.checkpoint.ok());
+    let found =
+        listed.into_iter().filter(|listed| listed.step == record.step).find_map(|listed| listed.checkpoint.ok());
     Ok(found.filter(|found| found.manifest.generation == generation).map(|found| found.directory))
 }
 

@@ -48,12 +48,15 @@ impl Pipeline {
         for index in 0..count {
             let tickets = tickets.clone();
             let work = move || {
+                // A thread that panics ends the others and the consumer, who would wait for its ticket.
+                let panicking = self.close_at_end();
                 let mut scratch = Vec::new();
                 loop {
                     // Taking a ticket and putting its result are in the same order for the oldest ticket, so the
                     // consumer never waits for a job that nobody has.
                     let Some((ticket, job)) = tickets.lock().unwrap_or_else(PoisonError::into_inner).next() else {
-                        return;
+                        // The others are still at work.
+                        return std::mem::forget(panicking);
                     };
                     if cancel.is_cancelled() {
                         return self.queue.close(Some(LoadError::Cancelled));
@@ -115,8 +118,18 @@ impl Pipeline {
         self.spare.lock().unwrap_or_else(PoisonError::into_inner).push(encoded);
     }
 
-    /// Ends the threads.
-    pub(super) fn close(&self) {
-        self.queue.close(None);
+    /// Ends the threads when the guard is dropped.
+    pub(super) const fn close_at_end(&self) -> Closing<'_> {
+        Closing(self)
+    }
+}
+
+/// See [`Pipeline::close_at_end`].
+#[derive(Debug)]
+pub(super) struct Closing<'a>(&'a Pipeline);
+
+impl Drop for Closing<'_> {
+    fn drop(&mut self) {
+        self.0.queue.close(None);
     }
 }

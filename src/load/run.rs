@@ -98,10 +98,12 @@ pub fn load(
     };
 
     thread::scope(|scope| {
+        // Whatever happens here, the reader's threads end.
+        let closing = pipeline.close_at_end();
         let threads =
             if reads { pipeline.start(scope, (plan, options.rank), encoder, &options.cancel)? } else { Vec::new() };
         let walked = walk(plan, options, &pipeline, mover);
-        pipeline.close();
+        drop(closing);
         for thread in threads {
             // A panic of a reader thread is this thread's panic.
             thread.join().unwrap_or_else(|panic| std::panic::resume_unwind(panic));

@@ -25,6 +25,9 @@ impl Membership {
             Event::Failed { member, generation, message, exit_code, lost_peer } => {
                 self.failed((&member, generation), message, (exit_code, lost_peer))
             }
+            Event::ProcessEnded { rank, .. } if rank.0 >= self.settings.world.get() => {
+                Err(Refusal::NoSuchRank { rank: rank.0, world: self.settings.world.get() })
+            }
             Event::ProcessEnded { rank, message, exit_code } => {
                 Ok(self.abort(Cause { rank: Some(rank), message: format!("rank {rank} {message}"), exit_code }))
             }

@@ -1,6 +1,6 @@
 //! The data thread: it owns the communicator and the shards, and carries out one command after the other.
 
-use std::path::PathBuf;
+use std::path::{Path, PathBuf};
 use std::sync::atomic::{AtomicU64, Ordering};
 use std::sync::{Arc, Mutex, PoisonError, mpsc};
 
@@ -42,6 +42,8 @@ pub(super) struct SaveCommand {
 #[derive(Debug)]
 pub(super) struct LoadCommand {
     pub(super) plan: LoadPlan,
+    /// Where the plan's files are on this host, if not where the plan says.
+    pub(super) root: Option<PathBuf>,
     pub(super) meeting: Meeting,
 }
 
@@ -58,7 +60,18 @@ pub(super) enum Outcome {
 pub(super) struct Failure {
     pub(super) message: String,
     pub(super) exit_code: u8,
-    pub(super) lost_peer: Option<Rank>,
+    pub(super) blame: Blame,
+}
+
+/// Who is at fault.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub(super) enum Blame {
+    /// This rank.
+    Own,
+    /// A rank that is gone.
+    Peer(Rank),
+    /// Some other rank.
+    Unknown,
 }
 
 /// What other threads see of the data thread, and how they end its work.
@@ -107,10 +120,10 @@ impl DataThread {
     }
 
     fn load(&mut self, command: LoadCommand) -> Result<Outcome, Failure> {
-        let LoadCommand { plan, meeting } = command;
+        let LoadCommand { plan, root, meeting } = command;
         let group = meeting.group;
         self.watched.total_bytes.store(plan.kept_bytes(group.rank), Ordering::Relaxed);
-        let store = LocalStore::new(&plan.root);
+        let store = LocalStore::new(root.as_deref().unwrap_or_else(|| Path::new(&plan.root)));
         let device = placed(self.offer.device, &plan, group.rank)?;
         let mut options = LoadOptions {
             device,
@@ -150,7 +163,7 @@ impl DataThread {
         let internal = |message: &str| Failure {
             message: message.to_owned(),
             exit_code: crate::error::Kind::Internal.exit_code(),
-            lost_peer: None,
+            blame: Blame::Own,
         };
         let (plan, state) = self.held.as_ref().ok_or_else(|| internal("told to save before it has loaded"))?;
         let store = LocalStore::new(&command.root);
@@ -162,7 +175,7 @@ impl DataThread {
         let receipt = write_shard(&request, &progress).map_err(|error: CheckpointError| Failure {
             message: chain(&error),
             exit_code: error.kind().exit_code(),
-            lost_peer: None,
+            blame: Blame::Own,
         })?;
         Ok(Outcome::Saved { command, receipt: Box::new(receipt) })
     }
@@ -173,9 +186,12 @@ fn placed(found: Device, plan: &LoadPlan, rank: Rank) -> Result<Device, Failure>
     match (plan.device.device, found) {
         (DeviceWish::Cpu, _) => Ok(Device::Host),
         (DeviceWish::Cuda, Device::Host) => Err(Failure {
-            message: format!("the plan places weights on CUDA devices, and rank {rank} has none"),
+            message: format!(
+                "the plan places weights on CUDA devices, and rank {rank} has none: its host has no driver, or fewer \
+                 devices than ranks, which --share-devices at the host's launcher allows"
+            ),
             exit_code: Kind::NotFound.exit_code(),
-            lost_peer: None,
+            blame: Blame::Own,
         }),
         (DeviceWish::Cuda | DeviceWish::Auto, found) => Ok(found),
     }
@@ -187,14 +203,15 @@ fn load_failure(error: &LoadError, own: Rank) -> Failure {
             let failure = comm_failure(source, own);
             Failure { message: format!("tensor {fqn}: {}", failure.message), ..failure }
         }
-        _ => Failure { message: chain(error), exit_code: error.kind().exit_code(), lost_peer: None },
+        _ => Failure { message: chain(error), exit_code: error.kind().exit_code(), blame: Blame::Own },
     }
 }
 
 pub(super) fn comm_failure(error: &CommError, own: Rank) -> Failure {
-    let lost_peer = match error {
-        CommError::PeerLost { rank, .. } | CommError::Aborted { rank, .. } if *rank != own => Some(*rank),
-        _ => None,
+    let blame = match error {
+        CommError::PeerLost { rank, .. } | CommError::Aborted { rank, .. } if *rank != own => Blame::Peer(*rank),
+        CommError::Nccl { .. } | CommError::Deadline { .. } => Blame::Unknown,
+        _ => Blame::Own,
     };
-    Failure { message: chain(error), exit_code: error.kind().exit_code(), lost_peer }
+    Failure { message: chain(error), exit_code: error.kind().exit_code(), blame }
 }

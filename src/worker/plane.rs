@@ -8,7 +8,7 @@
 use std::net::SocketAddr;
 
 use super::WorkerConfig;
-use super::data::{Failure, Watched, comm_failure};
+use super::data::{Blame, Failure, Watched, comm_failure};
 use crate::comm::nccl::{self, NcclConfig, NcclLibrary, NcclUniqueId};
 use crate::comm::tcp::{self, DEFAULT_DEADLINE, DEFAULT_IDLE_DEADLINE, TcpConfig, TcpPort};
 use crate::comm::{Communicator, Counters, Group};
@@ -41,7 +41,11 @@ impl Offer {
         }
         let library = match NcclLibrary::load(config.nccl_library.as_deref()) {
             Ok(library) => library,
-            Err(error) => return Ok(none(&chain(&error))),
+            Err(error) => {
+                let reason = chain(&error);
+                tracing::info!(rank = config.rank.0, reason, "NCCL cannot be used");
+                return Ok(none(&reason));
+            }
         };
         if config.rank != Rank::ZERO {
             return Ok(Self { device, library: Ok(library), unique_id: None });
@@ -110,7 +114,7 @@ impl Plane {
         let refused = |reason: &str| Failure {
             message: format!("the data plane is to be NCCL, and rank {} cannot: {reason}", meeting.group.rank),
             exit_code: Kind::Conflict.exit_code(),
-            lost_peer: None,
+            blame: Blame::Own,
         };
         let library = offer.library.as_ref().map_err(|reason| refused(reason))?.clone();
         if device == Device::Host {

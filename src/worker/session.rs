@@ -1,7 +1,7 @@
 //! The session with the coordinator: join, renew, follow the snapshots, report.
 
 use std::net::SocketAddr;
-use std::path::PathBuf;
+use std::path::{Path, PathBuf};
 use std::sync::atomic::{AtomicBool, Ordering};
 use std::sync::{Arc, mpsc};
 use std::time::Duration;
@@ -12,7 +12,7 @@ use tonic::Streaming;
 use weightcast_proto::{PROTOCOL_VERSION, v1};
 
 use super::calls::{RETRY_DELAY, drain, enter, ip_towards, open_watch, refused, send_join};
-use super::data::{Command, DataThread, Failure, LoadCommand, Outcome, SaveCommand, Watched};
+use super::data::{Blame, Command, DataThread, Failure, LoadCommand, Outcome, SaveCommand, Watched};
 use super::plane::{Meeting, Offer};
 use super::proc_stat::peak_resident_bytes;
 use super::{WorkerConfig, WorkerError};
@@ -29,6 +29,9 @@ const CAUSE_DEADLINE: Duration = Duration::from_secs(2);
 /// A rank that ends because of another one lets it end first: the launcher takes the first process that fails for the
 /// root cause.
 const CULPRIT_FIRST: Duration = Duration::from_millis(200);
+/// Commands that wait for the data thread. There is one load and one save, and a save more each time that a coordinator is
+/// started again meanwhile.
+const COMMANDS: usize = 64;
 
 /// Runs one rank until the job ends.
 ///
@@ -45,7 +48,7 @@ pub async fn run(config: WorkerConfig) -> Result<Ended, WorkerError> {
     let offer = Offer::look(&config)?;
     let mut tasks = Tasks::new();
     let (mut session, mut snapshots) = Session::join(&config, port.address(), &offer).await?;
-    let (commands, work) = mpsc::sync_channel(1);
+    let (commands, work) = mpsc::sync_channel(COMMANDS);
     let (report, mut outcomes) = async_mpsc::channel(1);
     let data = DataThread { port: Some(port), watched: session.watched.clone(), offer, held: None };
     spawn_thread("data", move || data.run(&work, &report))
@@ -211,7 +214,7 @@ impl Session {
                     None => {
                         let message = "the data thread ended by itself".to_owned();
                         let exit_code = Kind::Internal.exit_code();
-                        return Err(self.fail(Failure { message, exit_code, lost_peer: None }, snapshots).await);
+                        return Err(self.fail(Failure { message, exit_code, blame: Blame::Own }, snapshots).await);
                     }
                 },
             }
@@ -233,7 +236,7 @@ impl Session {
                 let _ = self.stage.send("loading");
                 crate::faults::point("worker.planned");
                 let command = self.load_command(plan, snapshot)?;
-                let _ = commands.try_send(Command::Load(Box::new(command)));
+                tell(commands, Command::Load(Box::new(command)))?;
             }
             v1::Phase::Saving => {
                 if let Some(save) = &snapshot.save
@@ -248,7 +251,7 @@ impl Session {
                         root: root.unwrap_or_else(|| PathBuf::from(&snapshot.checkpoint_root)),
                         directory: save.directory.clone(),
                     };
-                    let _ = commands.try_send(Command::Save(command));
+                    tell(commands, Command::Save(command))?;
                 }
             }
             v1::Phase::Finished => {
@@ -275,7 +278,8 @@ impl Session {
         let peers = peers.map_err(|error| bad(format!("address of a peer: {error}")))?;
         let group = Group { rank: self.config.rank, world: self.config.world };
         let (generation, nccl_unique_id) = (Generation(self.generation), snapshot.nccl_unique_id.clone());
-        Ok(LoadCommand { plan, meeting: Meeting { group, generation, secret, peers, nccl_unique_id } })
+        let root = self.config.checkpoint_root.as_ref().and_then(|root| stored_in(root, &plan));
+        Ok(LoadCommand { plan, root, meeting: Meeting { group, generation, secret, peers, nccl_unique_id } })
     }
 
     /// Gets the plan and checks that it is the one that all ranks have.
@@ -347,32 +351,33 @@ impl Session {
     /// Reports a failure and waits for the coordinator's word on the cause: a rank that only lost its peer must not be
     /// taken for the culprit.
     async fn fail(&mut self, failure: Failure, snapshots: &mut Streaming<v1::WatchResponse>) -> WorkerError {
+        let lost_peer = match failure.blame {
+            Blame::Own => None,
+            Blame::Peer(rank) => Some(rank),
+            Blame::Unknown => {
+                // NCCL does not say which rank has gone. That rank, its launcher or its lease will.
+                if let Some(cause) = cause_from(snapshots).await {
+                    return cause;
+                }
+                None
+            }
+        };
         let message = v1::ReportFailedRequest {
             request_id: format!("{}-{:x}", *self.member.borrow(), crate::clock::unix_ns()),
             member_id: self.member.borrow().clone(),
             generation: self.generation,
             message: failure.message.clone(),
             exit_code: u32::from(failure.exit_code),
-            lost_peer: failure.lost_peer.map(|rank| rank.0),
+            lost_peer: lost_peer.map(|rank| rank.0),
         };
         if let Ok(message) = request(&self.config.token, message) {
             let _ = self.clients.worker.report_failed(message).await;
         }
         let own = WorkerError::Failed { message: failure.message, exit_code: failure.exit_code };
-        if failure.lost_peer.is_none() {
-            return own;
+        match lost_peer {
+            None => own,
+            Some(_) => cause_from(snapshots).await.unwrap_or(own),
         }
-        let cause = async {
-            while let Ok(Some(snapshot)) = snapshots.message().await {
-                if snapshot.phase() == v1::Phase::Aborted {
-                    return Some(aborted(&snapshot));
-                }
-            }
-            None
-        };
-        let cause = tokio::time::timeout(CAUSE_DEADLINE, cause).await.ok().flatten();
-        tokio::time::sleep(CULPRIT_FIRST).await;
-        cause.unwrap_or(own)
     }
 
     /// Opens the watch again after it broke, and says again what a restarted coordinator cannot know.
@@ -416,6 +421,35 @@ impl Session {
         }
         Ok(snapshots)
     }
+}
+
+/// The coordinator's word on why the job ends, if it comes soon. The culprit ends first.
+async fn cause_from(snapshots: &mut Streaming<v1::WatchResponse>) -> Option<WorkerError> {
+    let cause = async {
+        while let Ok(Some(snapshot)) = snapshots.message().await {
+            if snapshot.phase() == v1::Phase::Aborted {
+                return Some(aborted(&snapshot));
+            }
+        }
+        None
+    };
+    let cause = tokio::time::timeout(CAUSE_DEADLINE, cause).await.ok().flatten();
+    tokio::time::sleep(CULPRIT_FIRST).await;
+    cause
+}
+
+/// The directory of the checkpoint that `plan` loads below this host's own `root` of checkpoints.
+fn stored_in(root: &Path, plan: &LoadPlan) -> Option<PathBuf> {
+    let step = Path::new(&plan.root).file_name().filter(|_| !plan.digest_tables.is_empty())?;
+    Some(root.join(step))
+}
+
+/// A command must not get lost: the job would wait for it for ever.
+fn tell(commands: &mpsc::SyncSender<Command>, command: Command) -> Result<(), WorkerError> {
+    commands.try_send(command).map_err(|error| WorkerError::Failed {
+        message: format!("the data thread takes no command: {error}"),
+        exit_code: Kind::Internal.exit_code(),
+    })
 }
 
 fn aborted(snapshot: &v1::WatchResponse) -> WorkerError {
