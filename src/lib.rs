@@ -3,6 +3,7 @@
 //!
 //! The modules form rings, and imports go downward only; docs/ARCHITECTURE.md draws them and `tests/tidy.rs` checks them.
 
+pub mod adapter;
 pub mod app;
 pub mod bench;
 pub mod checkpoint;
@@ -11,6 +12,7 @@ pub mod clock;
 pub mod comm;
 pub mod config;
 pub mod coordinator;
+pub mod data;
 pub mod device;
 pub mod error;
 pub mod faults;
@@ -19,12 +21,16 @@ pub mod hub;
 pub mod load;
 pub mod manifest;
 pub mod membership;
+pub mod metrics;
 pub mod model;
+pub mod nn;
 pub mod plan;
 pub mod quant;
+pub mod recipe;
 pub mod rpc;
 pub mod state;
 pub mod store;
 pub mod tasks;
+pub mod train;
 pub mod types;
 pub mod worker;

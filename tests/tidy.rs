@@ -6,9 +6,9 @@ use std::path::{Path, PathBuf};
 /// The modules by ring, as docs/ARCHITECTURE.md draws them. A module imports its own ring and lower ones.
 const RINGS: [&[&str]; 5] = [
     &["types", "clock", "error", "faults"],
-    &["format", "model", "quant", "plan", "manifest", "membership"],
-    &["store", "hub", "device", "comm", "tasks", "state"],
-    &["checkpoint", "load", "coordinator", "worker"],
+    &["format", "model", "quant", "plan", "manifest", "membership", "adapter", "recipe"],
+    &["store", "hub", "device", "comm", "tasks", "state", "nn", "data", "metrics"],
+    &["checkpoint", "load", "train", "coordinator", "worker"],
     &["rpc", "config", "app", "bench", "cli"],
 ];
 

@@ -51,10 +51,48 @@ pub struct Manifest {
 }
 
 /// Where training stood.
-#[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Serialize, Deserialize)]
+#[derive(Clone, Debug, Default, PartialEq, Eq, Serialize, Deserialize)]
 pub struct TrainerState {
     /// Optimizer steps done.
     pub step: Step,
+    /// What a training run needs to go on; absent in a checkpoint of a model that was only loaded. The tensors are then
+    /// those of the run and not the model's: adapters under PEFT's names (or weights, when all are trained), and
+    /// `optimizer.exp_avg.<name>` and `optimizer.exp_avg_sq.<name>` for each.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub training: Option<Box<TrainingState>>,
+}
+
+/// A training run at a step boundary, without its tensors. Randomness needs no state: it is a function of
+/// (seed, step, sample).
+#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
+pub struct TrainingState {
+    /// The `[train]` section that the run follows, with every default filled in.
+    pub recipe: serde_json::Value,
+    /// `adapter_config.json` of PEFT; absent when all weights are trained.
+    pub adapter: Option<serde_json::Value>,
+    /// The model that was loaded, as the user named it.
+    pub base_model: String,
+    /// The digest of all tensors of the base as they lay in memory, quantized or not.
+    pub base_digest: String,
+    /// The global data cursor: sequences consumed since the first step, over all epochs and ranks.
+    pub samples: u64,
+    /// Tokens that counted in the loss since the first step.
+    pub tokens: u64,
+    /// The step and loss of the best evaluation.
+    pub best: Option<BestEvaluation>,
+    /// Evaluations since the best one.
+    pub evaluations_since_best: u32,
+    /// The step after which the last evaluation was made.
+    pub last_evaluation: Option<Step>,
+}
+
+/// The evaluation with the lowest loss.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize, Deserialize)]
+pub struct BestEvaluation {
+    /// After this step.
+    pub step: Step,
+    /// Mean loss per token in nats, as the bits of an f32.
+    pub loss: f32Bits,
 }
 
 /// One shard file.

@@ -111,7 +111,7 @@ pub fn seal(request: &SealRequest<'_>, mut receipts: Vec<ShardReceipt>) -> Resul
         placement: plan.placement,
         model: plan.model.clone(),
         config_json: plan.config_json.clone(),
-        trainer: TrainerState { step: request.step },
+        trainer: TrainerState { step: request.step, training: None },
         files,
         tensors,
         aliases: plan.aliases.clone(),

@@ -1,0 +1,1 @@
+//! Adapters as PEFT writes them: configuration, names of tensors, the arithmetic of merging.

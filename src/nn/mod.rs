@@ -1,0 +1,1 @@
+//! Models as differentiable functions over weights that somebody else provides.

@@ -1,0 +1,1 @@
+//! The recipe of a training run: what is trained, on which data, for how long. Pure data and pure functions of it.

@@ -1,0 +1,1 @@
+//! Training on the shards that the ranks hold.
