@@ -175,6 +175,7 @@ pub(super) fn job_record(config: &JobConfig, prepared: Prepared, listens: Socket
         job: JobId::from(name),
         after_load: AfterLoad {
             save: (config.checkpoint.save && prepared.resumed_from.is_none()).then_some(prepared.step),
+            train: prepared.plan.train.is_some(),
             then: config.exit_policy(),
         },
         step: prepared.step,

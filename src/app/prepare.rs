@@ -160,6 +160,7 @@ fn request(config: &JobConfig, world: WorldSize, root: &Path, strategy: Strategy
         chunking: config.chunking()?,
         digests: config.load.digests,
         device: config.device_rule(),
+        split: config.load.split.clone(),
     })
 }
 

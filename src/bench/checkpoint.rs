@@ -55,6 +55,7 @@ fn plan(world: WorldSize, bytes: u64) -> LoadPlan {
         fqn: format!("w{index}.weight").into(),
         shape: [rows, COLUMNS].into(),
         encoding: Encoding::Plain { dtype: DType::BF16 },
+        owner: None,
         sharded: true,
         reader: Rank::ZERO,
         input: Input::Stored { parts: Vec::new(), nested_offset: None },
@@ -74,6 +75,7 @@ fn plan(world: WorldSize, bytes: u64) -> LoadPlan {
         digest_tables: Vec::new(),
         tensors: (0..TENSORS).map(tensor).collect(),
         aliases: Vec::new(),
+        train: None,
     }
 }
 

@@ -34,6 +34,7 @@ pub fn plan_resume(mut request: LoadRequest, checkpoint: &Checkpoint) -> Result<
             shape: saved.shape.clone(),
             encoding: saved.encoding,
             sharded: request.shards(&saved.shape, role),
+            owner: None,
             reader: Rank::ZERO,
             input: Input::Stored {
                 parts: saved.parts.iter().map(|part| part.chunks.iter().map(chunk).collect()).collect(),

@@ -42,7 +42,7 @@ pub fn write_shard(request: &WriteRequest<'_>, progress: &dyn Fn(u64)) -> Result
     }
     let entries = entries(plan, state)?;
     if entries.is_empty() {
-        return Ok(ShardReceipt { rank, file: None, chunks: Vec::new(), nested_offsets });
+        return Ok(ShardReceipt { rank, file: None, chunks: Vec::new(), nested_offsets, training: None });
     }
 
     // The digests' lengths are known, so the header's is: its room is left free and filled at the end.
@@ -91,7 +91,7 @@ pub fn write_shard(request: &WriteRequest<'_>, progress: &dyn Fn(u64)) -> Result
     }
     let digest_table = DigestTable { bytes: as_u64(table.len()), crc32c: crc32c(&table) };
     let file = ShardFile { name, rank, bytes: data_start + data_bytes, digest_table };
-    Ok(ShardReceipt { rank, file: Some(file), chunks, nested_offsets })
+    Ok(ShardReceipt { rank, file: Some(file), chunks, nested_offsets, training: None })
 }
 
 /// The bytes that `state` will write, for progress.

@@ -59,6 +59,9 @@ pub struct LoadConfig {
     pub strategy: Option<Strategy>,
     /// What ranks keep.
     pub placement: Placement,
+    /// With the placement `layers`, the ranks' parts of the model in proportion, such as `[3, 1]`; a rank that is not listed
+    /// has 1.
+    pub split: Vec<u32>,
     /// The type of what is not quantized: `auto`, `float32`, `float16`, `bfloat16`.
     pub dtype: Option<String>,
     /// Threads of a reader.

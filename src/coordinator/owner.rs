@@ -68,6 +68,9 @@ impl Owner {
             ranks: Vec::new(),
             last_checkpoint: None,
             checkpoint_root: record.checkpoint_root.clone(),
+            is_training: false,
+            is_draining: false,
+            committed_step: None,
         };
         view.update(&membership);
         let (views, seen) = watch::channel(view);
@@ -183,7 +186,9 @@ impl EffectContext {
             let message = "the job has no checkpoint directory".to_owned();
             return Event::ShellFailed { message, exit_code: Kind::Conflict.exit_code() };
         };
-        let request = SealRequest { plan: &self.plan, step: save.step, attempt: save.attempt, generation };
+        // A training run saves its state; the base is named by its digest.
+        let plan = self.plan.train.as_ref().map_or(&self.plan, |train| &train.state);
+        let request = SealRequest { plan, step: save.step, attempt: save.attempt, generation };
         match checkpoint::commit(&store, &request, receipts) {
             Ok(directory) => {
                 tracing::info!(step = %save.step, attempt = %save.attempt, directory, "checkpoint committed");
@@ -202,13 +207,15 @@ fn shell_failed<E: Classify + 'static>(error: &E) -> Event {
     Event::ShellFailed { message: chain(error), exit_code: error.kind().exit_code() }
 }
 
-/// The checkpoint that this generation has committed for the step it is to save, if it has.
-fn committed_by(record: &JobRecord, generation: Generation) -> Result<Option<String>, CheckpointError> {
+/// The newest checkpoint that this generation has committed, if it has.
+fn committed_by(record: &JobRecord, generation: Generation) -> Result<Option<(Step, String)>, CheckpointError> {
     let Some(root) = &record.checkpoint_root else { return Ok(None) };
-    let listed = checkpoint::list(&LocalStore::new(root))?;
-    let found =
-        listed.into_iter().filter(|listed| listed.step == record.step).find_map(|listed| listed.checkpoint.ok());
-    Ok(found.filter(|found| found.manifest.generation == generation).map(|found| found.directory))
+    let listed = checkpoint::list(&LocalStore::new(root))?.into_iter().rev();
+    let mut own = listed
+        .filter(|listed| listed.step >= record.step)
+        .filter_map(|listed| listed.checkpoint.ok())
+        .filter(|found| found.manifest.generation == generation);
+    Ok(own.next().map(|found| (found.manifest.step, found.directory)))
 }
 
 /// 32 bytes from the operating system.

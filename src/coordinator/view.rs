@@ -4,7 +4,7 @@ use std::path::PathBuf;
 
 use crate::clock::Instant;
 use crate::membership::{Cause, Member, Membership, Phase, Progress, Save};
-use crate::types::{Generation, JobId, Rank};
+use crate::types::{Generation, JobId, Rank, Step};
 
 /// A snapshot of the job.
 #[derive(Clone, Debug)]
@@ -31,6 +31,12 @@ pub struct View {
     pub last_checkpoint: Option<String>,
     /// Where checkpoints go.
     pub checkpoint_root: Option<PathBuf>,
+    /// Whether the ranks train, possibly while a checkpoint is written.
+    pub is_training: bool,
+    /// Whether the job is to end in an orderly way.
+    pub is_draining: bool,
+    /// The newest step that this job has committed.
+    pub committed_step: Option<Step>,
 }
 
 /// A snapshot of one rank.
@@ -83,6 +89,9 @@ impl View {
         self.generation = membership.generation();
         self.phase = membership.phase().clone();
         self.last_checkpoint = membership.last_checkpoint().map(str::to_owned);
+        self.is_training = membership.is_training();
+        self.is_draining = membership.is_draining();
+        self.committed_step = membership.committed_step();
         self.ranks = membership
             .members()
             .iter()

@@ -54,6 +54,7 @@ fn make_plan(case: &Case) -> LoadPlan {
         chunking: Chunking { chunk_bytes: case.chunk_bytes, reader_threads: 3, queue_chunks: 4 },
         digests: false,
         device: DeviceRule::default(),
+        split: Vec::new(),
     };
     plan(request, &index, &skeleton, &binding).expect("a plan")
 }

@@ -74,6 +74,8 @@ pub struct TrainingState {
     pub base_model: String,
     /// The digest of all tensors of the base as they lay in memory, quantized or not.
     pub base_digest: String,
+    /// The digest of the training data as it was tokenized and packed.
+    pub data_digest: String,
     /// The global data cursor: sequences consumed since the first step, over all epochs and ranks.
     pub samples: u64,
     /// Tokens that counted in the loss since the first step.
@@ -166,6 +168,9 @@ pub struct ShardReceipt {
     pub chunks: Vec<ReceiptChunk>,
     /// The nested offsets of the tensors that the rank is the reader of: tensor index and bits.
     pub nested_offsets: Vec<(usize, f32Bits)>,
+    /// Where training stands; only rank 0 says it, and only when it trains.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub training: Option<Box<TrainingState>>,
 }
 
 /// A chunk in a receipt.

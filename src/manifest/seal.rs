@@ -81,7 +81,9 @@ pub fn seal(request: &SealRequest<'_>, mut receipts: Vec<ShardReceipt>) -> Resul
 
     let mut tensors: Vec<SavedTensor> = plan.tensors.iter().map(empty_tensor).collect();
     let mut files = Vec::new();
-    for receipt in receipts {
+    let mut training = None;
+    for mut receipt in receipts {
+        training = training.or_else(|| receipt.training.take());
         let file = u32::try_from(files.len()).unwrap_or(u32::MAX);
         files.extend(receipt.file);
         for ReceiptChunk { tensor, component, mut chunk } in receipt.chunks {
@@ -111,7 +113,7 @@ pub fn seal(request: &SealRequest<'_>, mut receipts: Vec<ShardReceipt>) -> Resul
         placement: plan.placement,
         model: plan.model.clone(),
         config_json: plan.config_json.clone(),
-        trainer: TrainerState { step: request.step, training: None },
+        trainer: TrainerState { step: request.step, training },
         files,
         tensors,
         aliases: plan.aliases.clone(),

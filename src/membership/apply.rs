@@ -31,6 +31,8 @@ impl Membership {
             Event::ProcessEnded { rank, message, exit_code } => {
                 Ok(self.abort(Cause { rank: Some(rank), message: format!("rank {rank} {message}"), exit_code }))
             }
+            Event::SnapshotTaken { member, generation, step } => self.snapshot_taken(&member, generation, step),
+            Event::Trained { member, generation } => self.trained(&member, generation),
             Event::SaveRequested(step) => self.save_requested(step),
             Event::DrainRequested(save) => self.drain_requested(save),
             Event::Tick => Ok(self.tick(now)),
@@ -65,7 +67,7 @@ impl Membership {
         let progress = Progress { stage: "joining".to_owned(), ..Progress::default() };
         let index = info.rank.index();
         if let Some(place) = self.members.get_mut(index) {
-            *place = Some(Member { id, info, renewed: now, progress, loaded: false });
+            *place = Some(Member { id, info, renewed: now, progress, loaded: false, trained: false });
         }
         if self.phase == Phase::Forming && self.members.iter().all(Option::is_some) {
             self.phase = Phase::Opening;
@@ -98,6 +100,10 @@ impl Membership {
         let all = self.members.iter().flatten().all(|member| member.loaded);
         if self.phase != Phase::Loading || !all {
             return Ok(Vec::new());
+        }
+        if self.settings.after_load.train {
+            self.phase = Phase::Training;
+            return Ok(self.go_on_training());
         }
         // A coordinator that was ended may have committed it before.
         match self.settings.after_load.save.filter(|_| self.last_checkpoint.is_none()) {
@@ -140,16 +146,52 @@ impl Membership {
     }
 
     fn committed(&mut self, directory: String) -> Vec<Effect> {
-        if !matches!(self.phase, Phase::Committing { .. }) {
+        let Phase::Committing { save } = &self.phase else { return Vec::new() };
+        self.last_checkpoint = Some((save.step, directory));
+        if self.settings.after_load.train {
+            self.phase = Phase::Training;
+            return self.go_on_training();
+        }
+        self.work_done()
+    }
+
+    fn snapshot_taken(&mut self, member: &str, generation: Generation, step: Step) -> Result<Vec<Effect>, Refusal> {
+        self.of_generation(member, generation)?;
+        // Said again after a restart of the coordinator, it may be on its way or be done already.
+        let at_hand = match &self.phase {
+            Phase::Beginning { step } => Some(*step),
+            Phase::Saving { save, .. } | Phase::Committing { save } => Some(save.step),
+            _ => None,
+        };
+        if at_hand != Some(step) && self.committed_step().is_none_or(|committed| committed < step) {
+            self.next_snapshot = Some(step);
+        }
+        Ok(self.go_on_training())
+    }
+
+    fn trained(&mut self, member: &str, generation: Generation) -> Result<Vec<Effect>, Refusal> {
+        self.of_generation(member, generation)?.trained = true;
+        Ok(self.go_on_training())
+    }
+
+    /// What follows while ranks train and no checkpoint is being written: the next one, or the end.
+    fn go_on_training(&mut self) -> Vec<Effect> {
+        if self.phase != Phase::Training {
             return Vec::new();
         }
-        self.last_checkpoint = Some(directory);
-        self.work_done()
+        if let Some(step) = self.next_snapshot.take() {
+            self.phase = Phase::Beginning { step };
+            return vec![Effect::BeginSave(step)];
+        }
+        if self.members.iter().flatten().all(|member| member.trained) {
+            return self.work_done();
+        }
+        Vec::new()
     }
 
     /// The work asked for is done: save once more if a drain asks for it, then end, or hold and wait.
     fn work_done(&mut self) -> Vec<Effect> {
-        let saved = self.settings.resumed || self.last_checkpoint.is_some();
+        let saved = self.settings.resumed || self.settings.after_load.train || self.last_checkpoint.is_some();
         if let Some(step) = self.save_before_end.take().filter(|_| !saved) {
             self.phase = Phase::Beginning { step };
             return vec![Effect::BeginSave(step)];
@@ -187,7 +229,8 @@ impl Membership {
 
     fn save_requested(&mut self, step: Step) -> Result<Vec<Effect>, Refusal> {
         self.refuse_if_over()?;
-        if self.phase != Phase::Holding {
+        // A training run takes its own checkpoints; what it holds at its end is in the last one.
+        if self.phase != Phase::Holding || self.settings.after_load.train {
             return Err(Refusal::NotNow { phase: self.phase.name(), request: "save" });
         }
         self.phase = Phase::Beginning { step };
@@ -252,6 +295,7 @@ impl Phase {
         match self {
             Self::Forming | Self::Opening => "forming",
             Self::Loading => "loading",
+            Self::Training => "training",
             Self::Holding => "holding",
             Self::Beginning { .. } | Self::Saving { .. } | Self::Committing { .. } => "saving",
             Self::Finished => "finished",

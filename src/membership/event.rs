@@ -40,7 +40,7 @@ pub struct JoinInfo {
 }
 
 /// How far a rank is.
-#[derive(Clone, Debug, Default, PartialEq, Eq)]
+#[derive(Clone, Debug, Default, PartialEq)]
 pub struct Progress {
     /// The stage in a word.
     pub stage: String,
@@ -50,6 +50,31 @@ pub struct Progress {
     pub total_bytes: u64,
     /// Peak resident memory of its process.
     pub peak_resident_bytes: u64,
+    /// Rank 0, while it trains.
+    pub training: Option<TrainingProgress>,
+}
+
+/// How far a training run is.
+#[derive(Clone, Debug, Default, PartialEq)]
+pub struct TrainingProgress {
+    /// Optimizer steps done.
+    pub step: u64,
+    /// Optimizer steps in all.
+    pub total_steps: u64,
+    /// Mean loss per token of the last step, in nats.
+    pub loss: f32,
+    /// The learning rate of the last step.
+    pub learning_rate: f64,
+    /// Tokens per second of all ranks together.
+    pub tokens_per_second: f64,
+    /// Until the last step, in seconds.
+    pub remaining_seconds: f64,
+    /// The losses of the latest steps, oldest first.
+    pub recent_losses: Vec<f32>,
+    /// The last evaluation's mean loss per token.
+    pub evaluation_loss: Option<f32>,
+    /// The step after which the best evaluation was made.
+    pub best_step: Option<u64>,
 }
 
 /// Something that happened.
@@ -127,6 +152,22 @@ pub enum Event {
         /// The exit code.
         exit_code: u8,
     },
+    /// The ranks hold the state of a step of training in memory, to be written.
+    SnapshotTaken {
+        /// The member.
+        member: String,
+        /// Its generation.
+        generation: Generation,
+        /// The step.
+        step: Step,
+    },
+    /// A rank has come to the end of its training.
+    Trained {
+        /// The member.
+        member: String,
+        /// Its generation.
+        generation: Generation,
+    },
     /// Somebody asks for a checkpoint now.
     SaveRequested(Step),
     /// Somebody asks for an orderly end. With a step, a checkpoint of it is written first, unless this job has one.
@@ -150,6 +191,8 @@ impl Event {
             Self::ShellFailed { .. } => "coordinator.shell-failed",
             Self::Failed { .. } => "coordinator.failed",
             Self::ProcessEnded { .. } => "coordinator.process-ended",
+            Self::SnapshotTaken { .. } => "coordinator.snapshot-taken",
+            Self::Trained { .. } => "coordinator.trained",
             Self::SaveRequested(_) => "coordinator.save-requested",
             Self::DrainRequested(_) => "coordinator.drain-requested",
             Self::Tick => "coordinator.tick",

@@ -19,7 +19,7 @@ use std::time::Duration;
 
 use serde::{Deserialize, Serialize};
 
-pub use event::{Effect, Event, ExitPolicy, JoinInfo, Progress, Refusal};
+pub use event::{Effect, Event, ExitPolicy, JoinInfo, Progress, Refusal, TrainingProgress};
 pub use leases::{LEASE, RENEW_INTERVAL, TICK};
 
 use crate::clock::Instant;
@@ -31,6 +31,9 @@ use crate::types::{Attempt, Generation, Rank, Step, WorldSize};
 pub struct AfterLoad {
     /// Write a checkpoint of this step.
     pub save: Option<Step>,
+    /// Then train.
+    #[serde(default)]
+    pub train: bool,
     /// Then stay or end.
     pub then: ExitPolicy,
 }
@@ -60,7 +63,9 @@ pub struct Membership {
     next_member: u64,
     draining: bool,
     save_before_end: Option<Step>,
-    last_checkpoint: Option<String>,
+    /// A step of training that is to be written when the checkpoint at hand is committed.
+    next_snapshot: Option<Step>,
+    last_checkpoint: Option<(Step, String)>,
 }
 
 /// What the job is doing.
@@ -72,6 +77,8 @@ pub enum Phase {
     Opening,
     /// Ranks load.
     Loading,
+    /// Ranks train.
+    Training,
     /// Ranks hold their shards.
     Holding,
     /// The shell begins an attempt.
@@ -131,6 +138,7 @@ pub struct Member {
     /// How far it is.
     pub progress: Progress,
     loaded: bool,
+    trained: bool,
 }
 
 /// A generation and who belongs to it: what a restarted coordinator must know to go on with the same ranks.
@@ -156,6 +164,7 @@ impl Membership {
             next_member: 1,
             draining: false,
             save_before_end: None,
+            next_snapshot: None,
             last_checkpoint: None,
         }
     }
@@ -163,13 +172,13 @@ impl Membership {
     /// Goes on where another coordinator was ended: the ranks of `formed` are taken to be loading, and say again what they
     /// have done. Their leases start now. `last_checkpoint` is what this generation has committed already.
     #[must_use]
-    pub fn resume(mut self, formed: Formed, last_checkpoint: Option<String>) -> Self {
+    pub fn resume(mut self, formed: Formed, last_checkpoint: Option<(Step, String)>) -> Self {
         self.generation = formed.generation;
         self.phase = Phase::Loading;
         self.last_checkpoint = last_checkpoint;
         let (renewed, count) = (self.started, formed.members.len());
         for (place, (id, info)) in self.members.iter_mut().zip(formed.members) {
-            *place = Some(Member { id, info, renewed, progress: Progress::default(), loaded: false });
+            *place = Some(Member { id, info, renewed, progress: Progress::default(), loaded: false, trained: false });
         }
         // Ids end with a number that a generation uses once.
         self.next_member = crate::types::as_u64(count) + 1;
@@ -204,7 +213,26 @@ impl Membership {
     /// The directory of the newest checkpoint that this job has committed.
     #[must_use]
     pub fn last_checkpoint(&self) -> Option<&str> {
-        self.last_checkpoint.as_deref()
+        self.last_checkpoint.as_ref().map(|(_, directory)| directory.as_str())
+    }
+
+    /// The newest step that this job has committed.
+    #[must_use]
+    pub fn committed_step(&self) -> Option<Step> {
+        self.last_checkpoint.as_ref().map(|&(step, _)| step)
+    }
+
+    /// Whether the ranks train, possibly while a checkpoint is written.
+    #[must_use]
+    pub fn is_training(&self) -> bool {
+        let all_loaded = self.members.iter().all(|member| member.as_ref().is_some_and(|member| member.loaded));
+        self.settings.after_load.train && all_loaded && !self.is_over()
+    }
+
+    /// Whether the job is to end in an orderly way.
+    #[must_use]
+    pub const fn is_draining(&self) -> bool {
+        self.draining
     }
 
     /// Whether the job has ended, well or not.

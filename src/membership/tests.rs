@@ -62,14 +62,14 @@ impl Job {
 
     fn saved(&mut self, rank: u32) -> Result<Vec<Effect>, Refusal> {
         let member = self.id(rank as usize);
-        let receipt = ShardReceipt { rank: Rank(rank), file: None, chunks: Vec::new(), nested_offsets: Vec::new() };
+        let receipt = ShardReceipt { rank: Rank(rank), file: None, chunks: Vec::new(), nested_offsets: Vec::new(), training: None };
         let (generation, step, attempt) = (Generation(8), Step(0), Attempt(3));
         self.apply(Event::Saved { member, generation, step, attempt, receipt: Box::new(receipt) })
     }
 }
 
-const SAVE_AND_EXIT: AfterLoad = AfterLoad { save: Some(Step(0)), then: ExitPolicy::Exit };
-const HOLD: AfterLoad = AfterLoad { save: None, then: ExitPolicy::Hold };
+const SAVE_AND_EXIT: AfterLoad = AfterLoad { save: Some(Step(0)), train: false, then: ExitPolicy::Exit };
+const HOLD: AfterLoad = AfterLoad { save: None, train: false, then: ExitPolicy::Hold };
 
 #[test]
 fn a_job_forms_loads_saves_and_finishes() {

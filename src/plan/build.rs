@@ -37,6 +37,8 @@ pub struct LoadRequest {
     pub digests: bool,
     /// Where the weights are to lie.
     pub device: DeviceRule,
+    /// With [`Placement::Layers`], the ranks' parts of the model in proportion; a rank that is not listed has 1.
+    pub split: Vec<u32>,
 }
 
 /// Why there is no plan.
@@ -157,6 +159,9 @@ pub(crate) fn assemble(
             .map_err(|source| PlanError::Shape { fqn: tensor.fqn.clone(), source })?;
     }
     assign_readers(&mut tensors, request.strategy, request.world);
+    if request.placement == Placement::Layers {
+        super::layers::assign_owners(&mut tensors, request.world, &request.split);
+    }
     Ok(LoadPlan {
         version: PLAN_VERSION,
         model: request.model,
@@ -172,6 +177,7 @@ pub(crate) fn assemble(
         digest_tables: Vec::new(),
         tensors,
         aliases,
+        train: None,
     })
 }
 
@@ -198,6 +204,7 @@ impl LoadRequest {
             shape: tensor.shape.clone(),
             encoding,
             sharded: self.shards(&tensor.shape, tensor.role),
+            owner: None,
             reader: Rank::ZERO,
             input,
         }
@@ -207,7 +214,7 @@ impl LoadRequest {
     pub(crate) fn shards(&self, shape: &Shape, role: Role) -> bool {
         let matrix = matches!(role, Role::Linear | Role::Embedding | Role::Head) && shape.dims() >= 2;
         let large = shape.elements().is_ok_and(|elements| elements >= SHARD_MIN_ELEMENTS);
-        self.placement == Placement::Shard && matrix && large
+        self.placement != Placement::Replicate && matrix && large
     }
 }
 

@@ -22,6 +22,12 @@ impl TensorPlan {
         if !self.sharded {
             return ByteRange::new(0, elements).unwrap_or_default();
         }
+        if let Some(owner) = self.owner {
+            // An empty range still has its place in the order of ranks.
+            let start = if rank > owner { elements } else { 0 };
+            let end = if rank < owner { 0 } else { elements };
+            return ByteRange::new(start, end).unwrap_or_default();
+        }
         let (rows, row) = (self.shape.rows(), self.row_elements());
         let granule = self.encoding.row_granule(row);
         let granules = rows.div_ceil(granule);
@@ -80,7 +86,7 @@ mod tests {
 
     fn tensor(shape: Shape, encoding: Encoding) -> TensorPlan {
         let input = Input::Stored { parts: Vec::new(), nested_offset: None };
-        TensorPlan { fqn: "w".into(), shape, encoding, sharded: true, reader: Rank(0), input }
+        TensorPlan { fqn: "w".into(), shape, encoding, sharded: true, owner: None, reader: Rank(0), input }
     }
 
     fn encodings() -> impl Strategy<Value = Encoding> {

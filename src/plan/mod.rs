@@ -11,9 +11,11 @@
 mod build;
 mod cut;
 mod encoding;
+mod layers;
 mod memory;
 mod pieces;
 mod select;
+mod train;
 
 use serde::{Deserialize, Serialize};
 
@@ -27,12 +29,13 @@ pub use memory::{
 };
 pub use pieces::{Chunking, Piece, SourceSpan};
 pub use select::{DTypeRule, QuantizationRule};
+pub use train::{Resumed, TrainPlan, exp_avg, exp_avg_sq, state_plan};
 
 use crate::format::{Encoding as SourceEncoding, FileEntry};
 use crate::types::{ByteRange, DType, DigestTable, Fqn, Rank, Shape, WorldSize};
 
 /// The version of the plan's own form; ranks of another version refuse it.
-pub const PLAN_VERSION: u32 = 2;
+pub const PLAN_VERSION: u32 = 3;
 
 /// Which ranks read the weights.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Serialize, Deserialize)]
@@ -68,6 +71,8 @@ pub enum Placement {
     /// Dim 0 of every large tensor is cut over the ranks; small tensors are kept by all (FSDP-like).
     #[default]
     Shard,
+    /// Whole layers go to ranks, in proportion to what each can take (a device map); small tensors are kept by all.
+    Layers,
 }
 
 /// Everything that the ranks need to load together.
@@ -101,6 +106,8 @@ pub struct LoadPlan {
     pub tensors: Vec<TensorPlan>,
     /// Names that are another tensor's (tied weights): alias, target.
     pub aliases: Vec<(Fqn, Fqn)>,
+    /// What follows the load, when the ranks train.
+    pub train: Option<Box<TrainPlan>>,
 }
 
 /// One tensor of the plan.
@@ -114,6 +121,8 @@ pub struct TensorPlan {
     pub encoding: Encoding,
     /// Whether it is cut over the ranks or kept by all.
     pub sharded: bool,
+    /// The rank that keeps all of a sharded tensor, when whole layers go to ranks.
+    pub owner: Option<Rank>,
     /// The rank that reads it (unless the strategy is [`Strategy::Full`]), and that owns it if it is not sharded.
     pub reader: Rank,
     /// Where its bytes are.

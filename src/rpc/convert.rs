@@ -3,7 +3,7 @@
 use weightcast_proto::v1;
 
 use crate::coordinator::{Coordinator, View};
-use crate::membership::{Cause, Phase, Progress};
+use crate::membership::{Cause, Phase, Progress, TrainingProgress};
 use crate::types::as_u64;
 
 pub(super) fn header(coordinator: &Coordinator, view: &View) -> v1::ResponseHeader {
@@ -14,10 +14,13 @@ pub(super) fn header(coordinator: &Coordinator, view: &View) -> v1::ResponseHead
     }
 }
 
-pub(super) fn phase(phase: &Phase) -> v1::Phase {
-    match phase {
+pub(super) fn phase(view: &View) -> v1::Phase {
+    match &view.phase {
         Phase::Forming | Phase::Opening => v1::Phase::Forming,
         Phase::Loading => v1::Phase::Loading,
+        // Ranks that train go on while a checkpoint is written.
+        _ if view.is_training => v1::Phase::Training,
+        Phase::Training => v1::Phase::Training,
         // Ranks have nothing to do while the coordinator begins or seals a checkpoint.
         Phase::Holding | Phase::Beginning { .. } | Phase::Committing { .. } => v1::Phase::Holding,
         Phase::Saving { .. } => v1::Phase::Saving,
@@ -37,7 +40,7 @@ pub(super) fn cause(cause: &Cause) -> v1::Cause {
 pub(super) fn watch(coordinator: &Coordinator, view: &View) -> v1::WatchResponse {
     v1::WatchResponse {
         header: Some(header(coordinator, view)),
-        phase: phase(&view.phase).into(),
+        phase: phase(view).into(),
         peers: view.peers.clone(),
         secret: view.secret.to_vec(),
         plan_sha256: view.plan_sha256.to_vec(),
@@ -49,6 +52,8 @@ pub(super) fn watch(coordinator: &Coordinator, view: &View) -> v1::WatchResponse
         cause: view.cause().map(cause),
         checkpoint_root: view.checkpoint_root.as_ref().map(|root| root.display().to_string()).unwrap_or_default(),
         nccl_unique_id: view.nccl_unique_id.clone(),
+        stop: view.is_draining,
+        committed_step: view.committed_step.map(|step| step.0),
     }
 }
 
@@ -58,7 +63,33 @@ pub(super) fn progress(message: Option<v1::Progress>) -> Progress {
         done_bytes: message.done_bytes,
         total_bytes: message.total_bytes,
         peak_resident_bytes: message.peak_resident_bytes,
+        training: message.training.map(|training| TrainingProgress {
+            step: training.step,
+            total_steps: training.total_steps,
+            loss: training.loss,
+            learning_rate: training.learning_rate,
+            tokens_per_second: training.tokens_per_second,
+            remaining_seconds: training.remaining_seconds,
+            recent_losses: training.recent_losses,
+            evaluation_loss: training.evaluation_loss,
+            best_step: training.best_step,
+        }),
     })
+}
+
+/// Also what a rank sends.
+pub(crate) fn training(progress: &TrainingProgress) -> v1::TrainingProgress {
+    v1::TrainingProgress {
+        step: progress.step,
+        total_steps: progress.total_steps,
+        loss: progress.loss,
+        learning_rate: progress.learning_rate,
+        tokens_per_second: progress.tokens_per_second,
+        remaining_seconds: progress.remaining_seconds,
+        recent_losses: progress.recent_losses.clone(),
+        evaluation_loss: progress.evaluation_loss,
+        best_step: progress.best_step,
+    }
 }
 
 pub(super) fn job_status(coordinator: &Coordinator, view: &View) -> v1::GetStatusResponse {
@@ -80,13 +111,14 @@ pub(super) fn job_status(coordinator: &Coordinator, view: &View) -> v1::GetStatu
         header: Some(header(coordinator, view)),
         // People are told what the coordinator does, too.
         phase: match view.phase {
-            Phase::Beginning { .. } | Phase::Committing { .. } => v1::Phase::Saving.into(),
-            ref other => phase(other).into(),
+            Phase::Beginning { .. } | Phase::Committing { .. } if !view.is_training => v1::Phase::Saving.into(),
+            _ => phase(view).into(),
         },
         world_size: u32::try_from(as_u64(view.ranks.len())).unwrap_or(u32::MAX),
         ranks: view.ranks.iter().map(rank).collect(),
         last_checkpoint: view.last_checkpoint.clone().unwrap_or_default(),
         cause: view.cause().map(cause),
         model: view.model.clone(),
+        training: view.ranks.iter().find_map(|rank| rank.progress.training.as_ref()).map(training),
     }
 }

@@ -153,6 +153,27 @@ impl WorkerService for WorkerServer {
         Ok(Response::new(v1::ReportSavedResponse { header: self.header() }))
     }
 
+    async fn request_save(
+        &self,
+        request: Request<v1::RequestSaveRequest>,
+    ) -> Result<Response<v1::RequestSaveResponse>, Status> {
+        expect_deadline(&request)?;
+        let asked = request.into_inner();
+        let (generation, step) = (Generation(asked.generation), Step(asked.step));
+        self.apply(Event::SnapshotTaken { member: asked.member_id, generation, step }).await?;
+        Ok(Response::new(v1::RequestSaveResponse { header: self.header() }))
+    }
+
+    async fn report_trained(
+        &self,
+        request: Request<v1::ReportTrainedRequest>,
+    ) -> Result<Response<v1::ReportTrainedResponse>, Status> {
+        expect_deadline(&request)?;
+        let report = request.into_inner();
+        self.apply(Event::Trained { member: report.member_id, generation: Generation(report.generation) }).await?;
+        Ok(Response::new(v1::ReportTrainedResponse { header: self.header() }))
+    }
+
     async fn report_failed(
         &self,
         request: Request<v1::ReportFailedRequest>,

@@ -16,3 +16,11 @@ pub const fn as_usize(value: u64) -> usize {
 pub const fn as_u64(value: usize) -> u64 {
     value as u64
 }
+
+/// The nearest `f64`; exact below 2^53.
+#[inline]
+#[must_use]
+#[expect(clippy::cast_precision_loss, reason = "counts of steps, tokens and bytes for people and rates")]
+pub const fn as_f64(value: u64) -> f64 {
+    value as f64
+}

@@ -22,6 +22,7 @@ pub fn request() -> LoadRequest {
         chunking: Chunking { chunk_bytes: 1 << 18, reader_threads: 2, queue_chunks: 4 },
         digests: false,
         device: DeviceRule::default(),
+        split: Vec::new(),
     }
 }
 

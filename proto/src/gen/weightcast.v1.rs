@@ -12,6 +12,32 @@ pub struct ResponseHeader {
     #[prost(uint64, tag = "3")]
     pub generation: u64,
 }
+/// How far a training run is, from rank 0.
+#[derive(Clone, PartialEq, ::prost::Message)]
+pub struct TrainingProgress {
+    /// Optimizer steps done, and in all.
+    #[prost(uint64, tag = "1")]
+    pub step: u64,
+    #[prost(uint64, tag = "2")]
+    pub total_steps: u64,
+    /// Of the last step: mean loss per token in nats, and the learning rate.
+    #[prost(float, tag = "3")]
+    pub loss: f32,
+    #[prost(double, tag = "4")]
+    pub learning_rate: f64,
+    #[prost(double, tag = "5")]
+    pub tokens_per_second: f64,
+    #[prost(double, tag = "6")]
+    pub remaining_seconds: f64,
+    /// The losses of the latest steps, oldest first.
+    #[prost(float, repeated, tag = "7")]
+    pub recent_losses: ::prost::alloc::vec::Vec<f32>,
+    /// The last evaluation, and the step after which the best one was made.
+    #[prost(float, optional, tag = "8")]
+    pub evaluation_loss: ::core::option::Option<f32>,
+    #[prost(uint64, optional, tag = "9")]
+    pub best_step: ::core::option::Option<u64>,
+}
 /// Why a generation was cancelled.
 #[derive(Clone, PartialEq, Eq, Hash, ::prost::Message)]
 pub struct Cause {
@@ -42,6 +68,8 @@ pub enum Phase {
     Finished = 5,
     /// The generation is cancelled; ranks end with the exit code of the cause.
     Aborted = 6,
+    /// Ranks train; they write checkpoints meanwhile.
+    Training = 7,
 }
 impl Phase {
     /// String value of the enum field names used in the ProtoBuf definition.
@@ -57,6 +85,7 @@ impl Phase {
             Self::Saving => "PHASE_SAVING",
             Self::Finished => "PHASE_FINISHED",
             Self::Aborted => "PHASE_ABORTED",
+            Self::Training => "PHASE_TRAINING",
         }
     }
     /// Creates an enum from field names used in the ProtoBuf definition.
@@ -69,6 +98,7 @@ impl Phase {
             "PHASE_SAVING" => Some(Self::Saving),
             "PHASE_FINISHED" => Some(Self::Finished),
             "PHASE_ABORTED" => Some(Self::Aborted),
+            "PHASE_TRAINING" => Some(Self::Training),
             _ => None,
         }
     }
@@ -136,7 +166,7 @@ pub struct WatchResponse {
     /// SHA-256 of the plan that all ranks must have.
     #[prost(bytes = "vec", tag = "5")]
     pub plan_sha256: ::prost::alloc::vec::Vec<u8>,
-    /// Set in PHASE_SAVING.
+    /// Set in PHASE_SAVING, and in PHASE_TRAINING while a checkpoint is written.
     #[prost(message, optional, tag = "6")]
     pub save: ::core::option::Option<Save>,
     /// Set in PHASE_ABORTED.
@@ -148,6 +178,12 @@ pub struct WatchResponse {
     /// Rank 0's unique id, when all ranks have joined and all offered the same release of NCCL.
     #[prost(bytes = "vec", tag = "9")]
     pub nccl_unique_id: ::prost::alloc::vec::Vec<u8>,
+    /// Training is to end at the next step, with a checkpoint.
+    #[prost(bool, tag = "10")]
+    pub stop: bool,
+    /// The newest step that this job has committed.
+    #[prost(uint64, optional, tag = "11")]
+    pub committed_step: ::core::option::Option<u64>,
 }
 /// One try at writing a checkpoint.
 #[derive(Clone, PartialEq, Eq, Hash, ::prost::Message)]
@@ -160,7 +196,7 @@ pub struct Save {
     #[prost(string, tag = "3")]
     pub directory: ::prost::alloc::string::String,
 }
-#[derive(Clone, PartialEq, Eq, Hash, ::prost::Message)]
+#[derive(Clone, PartialEq, ::prost::Message)]
 pub struct RenewRequest {
     #[prost(string, tag = "1")]
     pub member_id: ::prost::alloc::string::String,
@@ -168,9 +204,9 @@ pub struct RenewRequest {
     pub progress: ::core::option::Option<Progress>,
 }
 /// How far a rank is in its current stage.
-#[derive(Clone, PartialEq, Eq, Hash, ::prost::Message)]
+#[derive(Clone, PartialEq, ::prost::Message)]
 pub struct Progress {
-    /// The stage in a word: "joining", "loading", "holding", "saving".
+    /// The stage in a word: "joining", "loading", "holding", "training", "saving".
     #[prost(string, tag = "1")]
     pub stage: ::prost::alloc::string::String,
     #[prost(uint64, tag = "2")]
@@ -180,6 +216,9 @@ pub struct Progress {
     /// Peak resident memory of the process, from the kernel.
     #[prost(uint64, tag = "4")]
     pub peak_resident_bytes: u64,
+    /// Rank 0, while it trains.
+    #[prost(message, optional, tag = "5")]
+    pub training: ::core::option::Option<TrainingProgress>,
 }
 #[derive(Clone, PartialEq, Eq, Hash, ::prost::Message)]
 pub struct RenewResponse {
@@ -233,6 +272,39 @@ pub struct ReportSavedRequest {
 }
 #[derive(Clone, PartialEq, Eq, Hash, ::prost::Message)]
 pub struct ReportSavedResponse {
+    #[prost(message, optional, tag = "1")]
+    pub header: ::core::option::Option<ResponseHeader>,
+}
+#[derive(Clone, PartialEq, Eq, Hash, ::prost::Message)]
+pub struct RequestSaveRequest {
+    #[prost(string, tag = "1")]
+    pub request_id: ::prost::alloc::string::String,
+    #[prost(string, tag = "2")]
+    pub member_id: ::prost::alloc::string::String,
+    #[prost(uint64, tag = "3")]
+    pub generation: u64,
+    #[prost(uint64, tag = "4")]
+    pub step: u64,
+}
+#[derive(Clone, PartialEq, Eq, Hash, ::prost::Message)]
+pub struct RequestSaveResponse {
+    #[prost(message, optional, tag = "1")]
+    pub header: ::core::option::Option<ResponseHeader>,
+}
+#[derive(Clone, PartialEq, Eq, Hash, ::prost::Message)]
+pub struct ReportTrainedRequest {
+    #[prost(string, tag = "1")]
+    pub request_id: ::prost::alloc::string::String,
+    #[prost(string, tag = "2")]
+    pub member_id: ::prost::alloc::string::String,
+    #[prost(uint64, tag = "3")]
+    pub generation: u64,
+    /// The step that it ended with.
+    #[prost(uint64, tag = "4")]
+    pub step: u64,
+}
+#[derive(Clone, PartialEq, Eq, Hash, ::prost::Message)]
+pub struct ReportTrainedResponse {
     #[prost(message, optional, tag = "1")]
     pub header: ::core::option::Option<ResponseHeader>,
 }
@@ -484,6 +556,56 @@ pub mod worker_service_client {
                 .insert(GrpcMethod::new("weightcast.v1.WorkerService", "ReportSaved"));
             self.inner.unary(req, path, codec).await
         }
+        /// Training has reached a step whose state the ranks hold in memory: begin a checkpoint of it. Said by rank 0.
+        pub async fn request_save(
+            &mut self,
+            request: impl tonic::IntoRequest<super::RequestSaveRequest>,
+        ) -> std::result::Result<
+            tonic::Response<super::RequestSaveResponse>,
+            tonic::Status,
+        > {
+            self.inner
+                .ready()
+                .await
+                .map_err(|e| {
+                    tonic::Status::unknown(
+                        format!("Service was not ready: {}", e.into()),
+                    )
+                })?;
+            let codec = tonic_prost::ProstCodec::default();
+            let path = http::uri::PathAndQuery::from_static(
+                "/weightcast.v1.WorkerService/RequestSave",
+            );
+            let mut req = request.into_request();
+            req.extensions_mut()
+                .insert(GrpcMethod::new("weightcast.v1.WorkerService", "RequestSave"));
+            self.inner.unary(req, path, codec).await
+        }
+        /// The rank has come to the end of its training.
+        pub async fn report_trained(
+            &mut self,
+            request: impl tonic::IntoRequest<super::ReportTrainedRequest>,
+        ) -> std::result::Result<
+            tonic::Response<super::ReportTrainedResponse>,
+            tonic::Status,
+        > {
+            self.inner
+                .ready()
+                .await
+                .map_err(|e| {
+                    tonic::Status::unknown(
+                        format!("Service was not ready: {}", e.into()),
+                    )
+                })?;
+            let codec = tonic_prost::ProstCodec::default();
+            let path = http::uri::PathAndQuery::from_static(
+                "/weightcast.v1.WorkerService/ReportTrained",
+            );
+            let mut req = request.into_request();
+            req.extensions_mut()
+                .insert(GrpcMethod::new("weightcast.v1.WorkerService", "ReportTrained"));
+            self.inner.unary(req, path, codec).await
+        }
         /// The rank cannot go on.
         pub async fn report_failed(
             &mut self,
@@ -571,6 +693,22 @@ pub mod worker_service_server {
             request: tonic::Request<super::ReportSavedRequest>,
         ) -> std::result::Result<
             tonic::Response<super::ReportSavedResponse>,
+            tonic::Status,
+        >;
+        /// Training has reached a step whose state the ranks hold in memory: begin a checkpoint of it. Said by rank 0.
+        async fn request_save(
+            &self,
+            request: tonic::Request<super::RequestSaveRequest>,
+        ) -> std::result::Result<
+            tonic::Response<super::RequestSaveResponse>,
+            tonic::Status,
+        >;
+        /// The rank has come to the end of its training.
+        async fn report_trained(
+            &self,
+            request: tonic::Request<super::ReportTrainedRequest>,
+        ) -> std::result::Result<
+            tonic::Response<super::ReportTrainedResponse>,
             tonic::Status,
         >;
         /// The rank cannot go on.
@@ -929,6 +1067,96 @@ pub mod worker_service_server {
                     };
                     Box::pin(fut)
                 }
+                "/weightcast.v1.WorkerService/RequestSave" => {
+                    #[allow(non_camel_case_types)]
+                    struct RequestSaveSvc<T: WorkerService>(pub Arc<T>);
+                    impl<
+                        T: WorkerService,
+                    > tonic::server::UnaryService<super::RequestSaveRequest>
+                    for RequestSaveSvc<T> {
+                        type Response = super::RequestSaveResponse;
+                        type Future = BoxFuture<
+                            tonic::Response<Self::Response>,
+                            tonic::Status,
+                        >;
+                        fn call(
+                            &mut self,
+                            request: tonic::Request<super::RequestSaveRequest>,
+                        ) -> Self::Future {
+                            let inner = Arc::clone(&self.0);
+                            let fut = async move {
+                                <T as WorkerService>::request_save(&inner, request).await
+                            };
+                            Box::pin(fut)
+                        }
+                    }
+                    let accept_compression_encodings = self.accept_compression_encodings;
+                    let send_compression_encodings = self.send_compression_encodings;
+                    let max_decoding_message_size = self.max_decoding_message_size;
+                    let max_encoding_message_size = self.max_encoding_message_size;
+                    let inner = self.inner.clone();
+                    let fut = async move {
+                        let method = RequestSaveSvc(inner);
+                        let codec = tonic_prost::ProstCodec::default();
+                        let mut grpc = tonic::server::Grpc::new(codec)
+                            .apply_compression_config(
+                                accept_compression_encodings,
+                                send_compression_encodings,
+                            )
+                            .apply_max_message_size_config(
+                                max_decoding_message_size,
+                                max_encoding_message_size,
+                            );
+                        let res = grpc.unary(method, req).await;
+                        Ok(res)
+                    };
+                    Box::pin(fut)
+                }
+                "/weightcast.v1.WorkerService/ReportTrained" => {
+                    #[allow(non_camel_case_types)]
+                    struct ReportTrainedSvc<T: WorkerService>(pub Arc<T>);
+                    impl<
+                        T: WorkerService,
+                    > tonic::server::UnaryService<super::ReportTrainedRequest>
+                    for ReportTrainedSvc<T> {
+                        type Response = super::ReportTrainedResponse;
+                        type Future = BoxFuture<
+                            tonic::Response<Self::Response>,
+                            tonic::Status,
+                        >;
+                        fn call(
+                            &mut self,
+                            request: tonic::Request<super::ReportTrainedRequest>,
+                        ) -> Self::Future {
+                            let inner = Arc::clone(&self.0);
+                            let fut = async move {
+                                <T as WorkerService>::report_trained(&inner, request).await
+                            };
+                            Box::pin(fut)
+                        }
+                    }
+                    let accept_compression_encodings = self.accept_compression_encodings;
+                    let send_compression_encodings = self.send_compression_encodings;
+                    let max_decoding_message_size = self.max_decoding_message_size;
+                    let max_encoding_message_size = self.max_encoding_message_size;
+                    let inner = self.inner.clone();
+                    let fut = async move {
+                        let method = ReportTrainedSvc(inner);
+                        let codec = tonic_prost::ProstCodec::default();
+                        let mut grpc = tonic::server::Grpc::new(codec)
+                            .apply_compression_config(
+                                accept_compression_encodings,
+                                send_compression_encodings,
+                            )
+                            .apply_max_message_size_config(
+                                max_decoding_message_size,
+                                max_encoding_message_size,
+                            );
+                        let res = grpc.unary(method, req).await;
+                        Ok(res)
+                    };
+                    Box::pin(fut)
+                }
                 "/weightcast.v1.WorkerService/ReportFailed" => {
                     #[allow(non_camel_case_types)]
                     struct ReportFailedSvc<T: WorkerService>(pub Arc<T>);
@@ -1033,6 +1261,9 @@ pub struct GetStatusResponse {
     pub cause: ::core::option::Option<Cause>,
     #[prost(string, tag = "7")]
     pub model: ::prost::alloc::string::String,
+    /// Absent for a job that does not train.
+    #[prost(message, optional, tag = "8")]
+    pub training: ::core::option::Option<TrainingProgress>,
 }
 /// One rank as the coordinator sees it.
 #[derive(Clone, PartialEq, Eq, Hash, ::prost::Message)]
