@@ -10,6 +10,7 @@ mod new_model;
 mod prepare;
 mod running;
 mod source;
+mod train;
 
 pub use coordinate::{CoordinateError, Coordinated, CoordinatorPlace, coordinate};
 pub use join::{CoordinatorAddress, join};

@@ -3,6 +3,7 @@
 use std::path::Path;
 
 use super::source::{SourceError, open_model};
+use super::train::{TrainPlanError, apply_recipe, train_plan};
 use crate::checkpoint::{self, Checkpoint, CheckpointError, Skipped, plan_resume};
 use crate::config::{ConfigError, JobConfig, ResumePolicy};
 use crate::device::{self, Device, DeviceError, LocalRank};
@@ -10,6 +11,7 @@ use crate::error::{Classify, Kind};
 use crate::hub::Progress;
 use crate::plan::{DeviceBudget, DeviceRule, LoadPlan, LoadRequest, PlanError, Strategy, plan};
 use crate::store::LocalStore;
+use crate::train::Recipe;
 use crate::types::{DeviceWish, Step, WorldSize};
 
 /// Bytes that a resume reads at once. Nothing is encoded, so the cache does not matter, and every piece reads whole digest
@@ -50,6 +52,21 @@ pub enum PrepareError {
     /// There are no such devices.
     #[error(transparent)]
     Device(#[from] DeviceError),
+    /// The training run cannot be started.
+    #[error(transparent)]
+    Train(#[from] TrainPlanError),
+    /// The checkpoints are not what the job needs.
+    #[error("{root}/{directory} is of {found}: {advice}")]
+    OtherCheckpoint {
+        /// The root.
+        root: String,
+        /// The checkpoint.
+        directory: String,
+        /// What it is.
+        found: &'static str,
+        /// What to do.
+        advice: &'static str,
+    },
 }
 
 impl Classify for PrepareError {
@@ -60,6 +77,8 @@ impl Classify for PrepareError {
             Self::Checkpoint(source) => source.kind(),
             Self::Plan(source) => source.kind(),
             Self::Device(source) => source.kind(),
+            Self::Train(source) => source.kind(),
+            Self::OtherCheckpoint { .. } => Kind::Conflict,
         }
     }
 }
@@ -87,6 +106,9 @@ pub fn prepare_with(
     host_bytes: Option<u64>,
     progress: &dyn Fn(Progress<'_>),
 ) -> Result<Prepared, PrepareError> {
+    let mut config = config.clone();
+    apply_recipe(&mut config)?;
+    let config = &config;
     if config.checkpoint.save && config.checkpoint.directory.is_none() {
         let (key, expected) = ("checkpoint.directory", "a directory, because checkpoint.save is set");
         return Err(ConfigError::Value { key, expected, found: "nothing".to_owned() }.into());
@@ -95,9 +117,13 @@ pub fn prepare_with(
         Some(_) => choose_device(config, world)?,
         None => (config.device_rule(), None),
     };
-    let mut prepared = match newest(config)? {
-        Some((checkpoint, skipped)) => resume(config, world, &checkpoint, skipped)?,
-        None => fresh(config, world, progress)?,
+    let mut prepared = match (newest(config)?, &config.train) {
+        (found, Some(recipe)) => train(config, recipe, world, (found, progress))?,
+        (Some((checkpoint, skipped)), None) => {
+            expect_model(config, &checkpoint)?;
+            resume(config, world, &checkpoint, skipped)?
+        }
+        (None, None) => fresh(config, world, progress)?,
     };
     prepared.plan.device = device;
     prepared.plan.check_memory(config.memory_budget(host_bytes, devices))?;
@@ -195,7 +221,60 @@ fn resume(
     Ok(Prepared { plan, resumed_from, skipped, step: checkpoint.manifest.step })
 }
 
+type Found = Option<(Checkpoint, Vec<Skipped>)>;
+
+/// A training run: the base from the model, the state from a checkpoint if there is one.
+fn train(
+    config: &JobConfig,
+    recipe: &Recipe,
+    world: WorldSize,
+    (found, progress): (Found, &dyn Fn(Progress<'_>)),
+) -> Result<Prepared, PrepareError> {
+    let root = config.checkpoint.directory.as_deref().unwrap_or_else(|| Path::new(""));
+    if let Some((checkpoint, _)) = &found
+        && checkpoint.manifest.trainer.training.is_none()
+    {
+        return Err(PrepareError::OtherCheckpoint {
+            root: root.display().to_string(),
+            directory: checkpoint.directory.clone(),
+            found: "a model that was loaded, not of a training run",
+            advice: "give the run a checkpoint.directory of its own",
+        });
+    }
+    let mut prepared = fresh(config, world, progress)?;
+    let checkpoint = found.as_ref().map(|(checkpoint, _)| checkpoint);
+    let plan = train_plan(recipe, &prepared.plan, root, checkpoint)?;
+    prepared.step = checkpoint.map_or(Step(0), |checkpoint| checkpoint.manifest.step);
+    prepared.plan.train = Some(Box::new(plan));
+    if let Some((checkpoint, skipped)) = found {
+        prepared.resumed_from = Some(checkpoint.directory);
+        prepared.skipped = skipped;
+    } else if !checkpoint::list(&LocalStore::new(root))?.is_empty() {
+        return Err(PrepareError::OtherCheckpoint {
+            root: root.display().to_string(),
+            directory: "step-*".to_owned(),
+            found: "a run that this job does not go on with",
+            advice: "resume it, or give the new run a checkpoint.directory of its own",
+        });
+    }
+    Ok(prepared)
+}
+
+/// A training run's checkpoint has no base in it.
+fn expect_model(config: &JobConfig, checkpoint: &Checkpoint) -> Result<(), PrepareError> {
+    if checkpoint.manifest.trainer.training.is_none() {
+        return Ok(());
+    }
+    let root = config.checkpoint.directory.as_deref().unwrap_or_else(|| Path::new(""));
+    Err(PrepareError::OtherCheckpoint {
+        root: root.display().to_string(),
+        directory: checkpoint.directory.clone(),
+        found: "a training run, without the model that it trains",
+        advice: "go on with it by a [train] section, or take its adapter with `weightcast adapter export`",
+    })
+}
+
 /// Ranks may have another working directory.
-fn absolute(path: &Path) -> String {
+pub(super) fn absolute(path: &Path) -> String {
     std::path::absolute(path).unwrap_or_else(|_| path.to_owned()).display().to_string()
 }

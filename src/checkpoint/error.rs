@@ -79,6 +79,18 @@ pub enum CheckpointError {
         /// The bytes' digest.
         found: u32,
     },
+    /// A training run's state does not fit the run.
+    #[error("{directory}: tensor {fqn}: the run needs {expected}, the checkpoint has {found}")]
+    State {
+        /// The checkpoint.
+        directory: String,
+        /// The tensor.
+        fqn: String,
+        /// What the run needs.
+        expected: String,
+        /// What is there.
+        found: String,
+    },
     /// A tensor does not have the digest that the manifest gives.
     #[error("tensor {fqn}: expected digest {expected}, found {found}")]
     Tensor {
@@ -122,7 +134,7 @@ impl Classify for CheckpointError {
             | Self::Block { .. }
             | Self::Tensor { .. } => Kind::Corrupt,
             Self::Manifest { source, .. } => source.kind(),
-            Self::Committed { .. } => Kind::Conflict,
+            Self::Committed { .. } | Self::State { .. } => Kind::Conflict,
             Self::Seal { source, .. } => source.kind(),
             Self::Plan(source) => source.kind(),
         }

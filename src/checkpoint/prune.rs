@@ -3,6 +3,7 @@
 use super::names::TRASH;
 use super::{CheckpointError, Depth, list, verify};
 use crate::store::Store;
+use crate::types::Step;
 
 /// What pruning did, or would do.
 #[derive(Clone, Debug, PartialEq, Eq)]
@@ -21,16 +22,31 @@ pub struct Pruned {
 /// # Errors
 /// [`CheckpointError`] when the root cannot be listed or changed.
 pub fn prune(store: &dyn Store, keep: usize, delete: Delete) -> Result<Pruned, CheckpointError> {
+    retain(store, delete, |newest_first, step| newest_first.iter().take(keep).any(|&kept| kept == step))
+}
+
+/// As [`prune`], where `keeps` says of a step whether it stays among those that hold, newest first.
+///
+/// # Errors
+/// As [`prune`].
+pub fn retain(
+    store: &dyn Store,
+    delete: Delete,
+    keeps: impl Fn(&[Step], Step) -> bool,
+) -> Result<Pruned, CheckpointError> {
     let mut pruned = Pruned { kept: Vec::new(), deleted: Vec::new(), damaged: Vec::new() };
+    let mut holding = Vec::new();
     for listed in list(store)?.into_iter().rev() {
         let holds =
             listed.checkpoint.and_then(|checkpoint| verify(store, &checkpoint, Depth::Shallow).map(|_| ())).is_ok();
-        let pile = match holds {
-            false => &mut pruned.damaged,
-            true if pruned.kept.len() < keep => &mut pruned.kept,
-            true => &mut pruned.deleted,
-        };
-        pile.push(listed.directory);
+        match holds {
+            false => pruned.damaged.push(listed.directory),
+            true => holding.push((listed.step, listed.directory)),
+        }
+    }
+    let steps: Vec<Step> = holding.iter().map(|&(step, _)| step).collect();
+    for (step, directory) in holding {
+        if keeps(&steps, step) { pruned.kept.push(directory) } else { pruned.deleted.push(directory) }
     }
     if delete == Delete::Now && !pruned.deleted.is_empty() {
         store.create_dir(TRASH)?;

@@ -1,10 +1,11 @@
 //! Resuming: a checkpoint's manifest becomes the plan of a load on any number of ranks.
 
 use super::{Checkpoint, CheckpointError};
+use crate::manifest::SavedTensor;
 use crate::format::FileEntry;
 use crate::model::Role;
 use crate::plan::{Encoding, Input, LoadPlan, LoadRequest, StoredChunk, TensorPlan, assemble};
-use crate::types::Rank;
+use crate::types::{DType, Rank};
 
 /// Plans the load of a checkpoint. The encoding of every tensor is the checkpoint's; `request` gives world, strategy and
 /// placement, and its root must be the checkpoint's directory.
@@ -15,11 +16,7 @@ pub fn plan_resume(mut request: LoadRequest, checkpoint: &Checkpoint) -> Result<
     let manifest = &checkpoint.manifest;
     request.config_json.clone_from(&manifest.config_json);
     request.model.clone_from(&manifest.model);
-    let files = manifest
-        .files
-        .iter()
-        .map(|file| FileEntry { name: format!("{}/{}", checkpoint.directory, file.name), len_bytes: file.bytes })
-        .collect();
+    let files = files(checkpoint);
     let tensor = |saved: &crate::manifest::SavedTensor| {
         let chunk =
             |chunk: &crate::manifest::SavedChunk| StoredChunk { file: chunk.file, range: chunk.range, at: chunk.at };
@@ -46,4 +43,40 @@ pub fn plan_resume(mut request: LoadRequest, checkpoint: &Checkpoint) -> Result<
     let mut plan = assemble(request.clone(), files, tensors, manifest.aliases.clone())?;
     plan.digest_tables = manifest.files.iter().map(|file| file.digest_table).collect();
     Ok(plan)
+}
+
+/// Plans the load of a training run's state: `fresh` says what the run has on the ranks that there are now, the checkpoint
+/// where each tensor's bytes are.
+///
+/// # Errors
+/// [`CheckpointError::State`] when the checkpoint lacks a tensor, or has it in another shape or form.
+pub fn plan_state(mut fresh: LoadPlan, checkpoint: &Checkpoint) -> Result<LoadPlan, CheckpointError> {
+    let manifest = &checkpoint.manifest;
+    let f32 = Encoding::Plain { dtype: DType::F32 };
+    for tensor in &mut fresh.tensors {
+        let saved: Option<&SavedTensor> = manifest.tensors.iter().find(|saved| saved.fqn == tensor.fqn);
+        let Some(saved) = saved.filter(|saved| saved.shape == tensor.shape && saved.encoding == f32) else {
+            return Err(CheckpointError::State {
+                directory: checkpoint.directory.clone(),
+                fqn: tensor.fqn.as_str().to_owned(),
+                expected: format!("f32 {}", tensor.shape),
+                found: saved.map_or_else(|| "nothing".to_owned(), |saved| saved.shape.to_string()),
+            });
+        };
+        let chunk =
+            |chunk: &crate::manifest::SavedChunk| StoredChunk { file: chunk.file, range: chunk.range, at: chunk.at };
+        let parts = saved.parts.iter().map(|part| part.chunks.iter().map(chunk).collect()).collect();
+        tensor.input = Input::Stored { parts, nested_offset: None };
+    }
+    fresh.files = files(checkpoint);
+    fresh.digest_tables = manifest.files.iter().map(|file| file.digest_table).collect();
+    Ok(fresh)
+}
+
+fn files(checkpoint: &Checkpoint) -> Vec<FileEntry> {
+    let entry = |file: &crate::manifest::ShardFile| FileEntry {
+        name: format!("{}/{}", checkpoint.directory, file.name),
+        len_bytes: file.bytes,
+    };
+    checkpoint.manifest.files.iter().map(entry).collect()
 }

@@ -8,6 +8,7 @@ use crate::error::{Classify, Kind};
 use crate::membership::ExitPolicy;
 use crate::plan::{Chunking, DTypeRule, DeviceBudget, DeviceRule, MemoryBudget, Placement, QuantizationRule, Strategy};
 use crate::quant::{BlockSize, FourBitCode};
+use crate::train::Recipe;
 use crate::types::{BackendWish, DType, DeviceWish, Sharing};
 
 /// Source bytes that a reader's thread handles at once, so that source and codes stay in a core's cache between reading
@@ -18,7 +19,7 @@ const CHUNK_BYTES: u64 = 256 << 10;
 const QUEUE_CHUNKS: u32 = 64;
 
 /// A job.
-#[derive(Clone, Debug, Default, PartialEq, Eq, Deserialize)]
+#[derive(Clone, Debug, Default, PartialEq, Deserialize)]
 #[serde(deny_unknown_fields, default)]
 pub struct JobConfig {
     /// `[job]`.
@@ -31,6 +32,8 @@ pub struct JobConfig {
     pub quantization: QuantizationConfig,
     /// `[checkpoint]`.
     pub checkpoint: CheckpointConfig,
+    /// `[train]`: what follows the load.
+    pub train: Option<Recipe>,
 }
 
 /// `[job]`: the job as a whole.
@@ -189,6 +192,9 @@ impl JobConfig {
             if local.exists() {
                 *source = local.display().to_string();
             }
+        }
+        if let Some(recipe) = &mut config.train {
+            recipe.resolve_paths(base);
         }
         Ok(config)
     }

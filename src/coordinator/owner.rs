@@ -7,13 +7,14 @@ use std::sync::Arc;
 use tokio::sync::{mpsc, watch};
 
 use super::{CoordinatorConfig, EndRecord, GenerationRecord, JobRecord, Journal, Request, View};
-use crate::checkpoint::{self, CheckpointError};
+use crate::checkpoint::{self, CheckpointError, Delete};
 use crate::error::{Classify, Kind, chain};
 use crate::manifest::{SealRequest, ShardReceipt};
 use crate::membership::{Effect, Event, Membership, Phase, Save, Settings, TICK};
 use crate::plan::LoadPlan;
 use crate::store::LocalStore;
 use crate::tasks::Tasks;
+use crate::train::{Policy, Recipe, keeps};
 use crate::types::{Generation, Step};
 
 pub(super) struct Owner {
@@ -189,9 +190,14 @@ impl EffectContext {
         // A training run saves its state; the base is named by its digest.
         let plan = self.plan.train.as_ref().map_or(&self.plan, |train| &train.state);
         let request = SealRequest { plan, step: save.step, attempt: save.attempt, generation };
+        let training = receipts.iter().find_map(|receipt| receipt.training.as_ref());
+        let best = training.and_then(|training| training.best).map(|best| best.step);
         match checkpoint::commit(&store, &request, receipts) {
             Ok(directory) => {
                 tracing::info!(step = %save.step, attempt = %save.attempt, directory, "checkpoint committed");
+                if let Some(train) = &self.plan.train {
+                    retain(&store, &train.recipe, best);
+                }
                 Event::Committed { directory }
             }
             Err(error) => shell_failed(&error),
@@ -200,6 +206,18 @@ impl EffectContext {
 
     fn store(&self) -> Option<LocalStore> {
         self.checkpoint_root.as_ref().map(LocalStore::new)
+    }
+}
+
+/// Deletes the checkpoints that the run's recipe lets go. A failure is no reason to end the run.
+fn retain(store: &LocalStore, recipe: &serde_json::Value, best: Option<Step>) {
+    let Ok(recipe) = serde_json::from_value::<Recipe>(recipe.clone()) else { return };
+    let policy = Policy::new(&recipe.checkpoint, best);
+    let retained = checkpoint::retain(store, Delete::Now, |steps, step| keeps(policy, steps, step));
+    match retained {
+        Ok(pruned) if pruned.deleted.is_empty() => {}
+        Ok(pruned) => tracing::info!(deleted = pruned.deleted.join(", "), "old checkpoints"),
+        Err(error) => tracing::warn!(error = chain(&error), "old checkpoints could not be deleted"),
     }
 }
 

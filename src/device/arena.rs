@@ -156,6 +156,12 @@ impl Arena {
         Ok(self.memory.as_slice_mut().range(range)?)
     }
 
+    /// All bytes, when they lie in host memory.
+    #[must_use]
+    pub const fn host(&self) -> Option<&[u8]> {
+        self.memory.as_host()
+    }
+
     /// Gives the bytes `range` to `each` in order, in chunks of at most `chunk` bytes.
     ///
     /// # Errors

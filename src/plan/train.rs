@@ -18,6 +18,8 @@ pub struct TrainPlan {
     pub adapter: Option<serde_json::Value>,
     /// The state: parameters, then AdamW's moments of each, all f32. Its inputs are empty unless the run is resumed.
     pub state: LoadPlan,
+    /// The parameters of an adapter to start from, as its file has them; without moments.
+    pub initial: Option<Box<LoadPlan>>,
     /// Where the run stood.
     pub resumed: Option<Resumed>,
 }

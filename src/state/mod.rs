@@ -6,6 +6,7 @@
 //! `SD-1`: components lie in the plan's order, each at a multiple of [`crate::plan::ARENA_ALIGN_BYTES`], so the arena's
 //! size is the plan's figure exactly, and what is loaded in the plan's order is written in the order of memory.
 
+use std::borrow::Cow;
 use std::ops::Range;
 
 use crate::device::{Arena, Device, DeviceError, OutOfRange, SliceMut};
@@ -150,6 +151,37 @@ impl StateDict {
         let Some(placed) = self.placed(tensor, component) else { return Ok(()) };
         let owned = placed.owned();
         self.arena.read(placed.offset + owned.start..placed.offset + owned.end, chunk, each)
+    }
+
+    /// The kept bytes of a component: where they lie on the host, or copied from a device.
+    ///
+    /// # Errors
+    /// [`DeviceError`] when a device does not give its bytes.
+    pub fn kept_bytes(&self, tensor: usize, component: usize) -> Result<Cow<'_, [u8]>, DeviceError> {
+        let Some(placed) = self.placed(tensor, component) else { return Ok(Cow::Borrowed(&[])) };
+        self.bytes(placed.offset..placed.offset + placed.len())
+    }
+
+    /// The bytes of a component that the rank owns, as [`Self::kept_bytes`].
+    ///
+    /// # Errors
+    /// As [`Self::kept_bytes`].
+    pub fn owned_bytes(&self, tensor: usize, component: usize) -> Result<Cow<'_, [u8]>, DeviceError> {
+        let Some(placed) = self.placed(tensor, component) else { return Ok(Cow::Borrowed(&[])) };
+        let owned = placed.owned();
+        self.bytes(placed.offset + owned.start..placed.offset + owned.end)
+    }
+
+    fn bytes(&self, range: Range<usize>) -> Result<Cow<'_, [u8]>, DeviceError> {
+        if let Some(host) = self.arena.host() {
+            return Ok(Cow::Borrowed(host.get(range).unwrap_or_default()));
+        }
+        let mut bytes = Vec::with_capacity(range.len());
+        self.arena.read(range, DIGEST_CHUNK_BYTES, |chunk| {
+            bytes.extend_from_slice(chunk);
+            Ok::<_, DeviceError>(())
+        })?;
+        Ok(Cow::Owned(bytes))
     }
 
     /// The mean of the nested statistics of a tensor, where its encoding has one.

@@ -1,6 +1,6 @@
 //! The `[train]` section: what is trained, on what, for how long.
 
-use std::path::PathBuf;
+use std::path::{Path, PathBuf};
 
 use serde::{Deserialize, Serialize};
 
@@ -45,6 +45,9 @@ pub struct Recipe {
     /// Compute the inside of each block again in the backward pass instead of keeping it.
     #[serde(default = "yes")]
     pub activation_checkpointing: bool,
+    /// The directory of `tokenizer.json`; the model's by default.
+    #[serde(default)]
+    pub tokenizer: Option<PathBuf>,
     /// `[train.data]`.
     pub data: DataConfig,
     /// `[train.lora]`.
@@ -220,6 +223,14 @@ impl Recipe {
         let (alpha, minutes) = (self.lora.alpha, self.checkpoint.every_minutes);
         within("train.lora.alpha", "more than 0", alpha, alpha > 0.0)?;
         within("train.checkpoint.every-minutes", "0 or more", minutes, minutes >= 0.0)
+    }
+
+    /// Makes relative paths relative to `base`; a hub's or a program's name of a path is none.
+    pub fn resolve_paths(&mut self, base: &Path) {
+        let against = |path: &mut PathBuf| *path = std::path::absolute(base.join(&*path)).unwrap_or_else(|_| base.join(&*path));
+        self.tokenizer.iter_mut().for_each(against);
+        self.lora.adapter.iter_mut().for_each(against);
+        self.data.paths_mut().for_each(against);
     }
 
     /// Optimizer steps for `sequences` sequences of training data.

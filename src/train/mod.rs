@@ -24,6 +24,7 @@ mod retention;
 mod run;
 mod snapshot;
 mod state;
+mod steps;
 mod table;
 
 pub use config::{CheckpointRecipe, EvaluationRecipe, LoraRecipe, Method, OptimizerRecipe, Recipe, Targets};

@@ -10,7 +10,7 @@ use super::plane::{Meeting, Offer, Plane};
 use super::proc_stat::peak_resident_bytes;
 use crate::checkpoint::{CheckpointError, WriteRequest, write_shard};
 use crate::comm::tcp::TcpPort;
-use crate::comm::{AbortHandle, CommError};
+use crate::comm::{AbortHandle, CommError, Communicator, Group};
 use crate::device::Device;
 use crate::error::{Classify, Kind, chain};
 use crate::load::{Cancel, LoadError, LoadOptions, LoadReport, load};
@@ -18,6 +18,7 @@ use crate::manifest::ShardReceipt;
 use crate::plan::{LoadPlan, Strategy};
 use crate::state::StateDict;
 use crate::store::LocalStore;
+use crate::train::{Control, Grant, News, TrainError, TrainRequest, train};
 use crate::types::{Attempt, DeviceWish, Rank, Step};
 
 /// What the data thread is told to do.
@@ -27,6 +28,8 @@ pub(super) enum Command {
     Load(Box<LoadCommand>),
     /// Write the shard of a checkpoint.
     Save(SaveCommand),
+    /// Train on what was loaded; the host's root of checkpoints.
+    Train(Option<PathBuf>),
 }
 
 /// Which try at a checkpoint is written.
@@ -52,6 +55,9 @@ pub(super) struct LoadCommand {
 pub(super) enum Outcome {
     Loaded(Box<LoadReport>),
     Saved { command: SaveCommand, receipt: Box<ShardReceipt> },
+    /// The ranks hold a snapshot of this step, to be written.
+    SnapshotTaken(Step),
+    Trained,
     Failed(Failure),
 }
 
@@ -75,12 +81,21 @@ pub(super) enum Blame {
 }
 
 /// What other threads see of the data thread, and how they end its work.
-#[derive(Clone, Debug, Default)]
+#[derive(Clone, Debug)]
 pub(super) struct Watched {
     pub(super) done_bytes: Arc<AtomicU64>,
     pub(super) total_bytes: Arc<AtomicU64>,
     pub(super) cancel: Cancel,
+    pub(super) control: Control,
     abort: Arc<Mutex<Option<AbortHandle>>>,
+}
+
+impl Default for Watched {
+    fn default() -> Self {
+        let cancel = Cancel::default();
+        let control = Control::new(cancel.clone());
+        Self { done_bytes: Arc::default(), total_bytes: Arc::default(), cancel, control, abort: Arc::default() }
+    }
 }
 
 impl Watched {
@@ -102,7 +117,16 @@ pub(super) struct DataThread {
     pub(super) port: Option<TcpPort>,
     pub(super) watched: Watched,
     pub(super) offer: Offer,
-    pub(super) held: Option<(LoadPlan, StateDict)>,
+    pub(super) held: Option<Held>,
+}
+
+/// What a rank holds after its load.
+pub(super) struct Held {
+    plan: LoadPlan,
+    state: StateDict,
+    group: Group,
+    /// Kept for training; with the memory that it moves.
+    comm: Option<(Box<dyn Communicator>, Device)>,
 }
 
 impl DataThread {
@@ -112,6 +136,7 @@ impl DataThread {
             let outcome = match command {
                 Command::Load(command) => self.load(*command).unwrap_or_else(Outcome::Failed),
                 Command::Save(command) => self.save(command).unwrap_or_else(Outcome::Failed),
+                Command::Train(root) => self.train(root, outcomes).unwrap_or_else(Outcome::Failed),
             };
             if outcomes.blocking_send(outcome).is_err() {
                 return;
@@ -131,7 +156,9 @@ impl DataThread {
             done_bytes: self.watched.done_bytes.clone(),
             ..LoadOptions::on_host(group.rank, &store)
         };
-        let alone = plan.strategy == Strategy::Full || group.world.get() == 1;
+        let exchanges = plan.strategy != Strategy::Full;
+        let alone = group.world.get() == 1 || (!exchanges && plan.train.is_none());
+        let mut kept = None;
         let (loaded, traffic, backend) = match self.port.take().filter(|_| !alone) {
             None => (load(&plan, &options, None), None, ""),
             Some(port) => {
@@ -140,10 +167,11 @@ impl DataThread {
                 options.comm_device = plane.device();
                 let (mut comm, counters) = plane.connect(meeting, port, &self.watched)?;
                 crate::faults::point("worker.connected");
-                let loaded = load(&plan, &options, Some(comm.as_mut()));
+                let loaded = load(&plan, &options, Some(comm.as_mut()).filter(|_| exchanges));
                 if let Err(error) = &loaded {
                     comm.abort_handle().abort(&chain(error));
                 }
+                kept = plan.train.as_ref().map(|_| (comm, options.comm_device));
                 (loaded, Some(counters.traffic()), backend)
             }
         };
@@ -155,8 +183,43 @@ impl DataThread {
             report.sent_bytes = traffic.payload_sent_bytes;
             report.received_bytes = traffic.payload_received_bytes;
         }
-        self.held = Some((plan, state));
+        self.held = Some(Held { plan, state, group, comm: kept });
         Ok(Outcome::Loaded(Box::new(report)))
+    }
+
+    fn train(&mut self, root: Option<PathBuf>, outcomes: &async_mpsc::Sender<Outcome>) -> Result<Outcome, Failure> {
+        let Some(Held { plan, state, group, comm }) = &mut self.held else {
+            let message = "told to train before it has loaded".to_owned();
+            return Err(Failure { message, exit_code: Kind::Internal.exit_code(), blame: Blame::Own });
+        };
+        let (rank, news) = (group.rank, outcomes.clone());
+        let abort = comm.as_ref().map(|(comm, _)| comm.abort_handle());
+        let comm_device = comm.as_ref().map_or(Device::Host, |(_, device)| *device);
+        let request = TrainRequest {
+            plan,
+            base: state,
+            comm: match comm {
+                Some((comm, _)) => Some(comm.as_mut()),
+                None => None,
+            },
+            comm_device,
+            group: *group,
+            checkpoint_root: root,
+            control: self.watched.control.clone(),
+            tell: Box::new(move |told| {
+                // A session that is gone needs no news.
+                let _ = news.blocking_send(outcome_of(told));
+            }),
+        };
+        match train(request) {
+            Ok(_) => Ok(Outcome::Trained),
+            Err(error) => {
+                if let Some(abort) = abort {
+                    abort.abort(&chain(&error));
+                }
+                Err(train_failure(&error, rank))
+            }
+        }
     }
 
     fn save(&mut self, command: SaveCommand) -> Result<Outcome, Failure> {
@@ -165,7 +228,8 @@ impl DataThread {
             exit_code: crate::error::Kind::Internal.exit_code(),
             blame: Blame::Own,
         };
-        let (plan, state) = self.held.as_ref().ok_or_else(|| internal("told to save before it has loaded"))?;
+        let held = self.held.as_ref().ok_or_else(|| internal("told to save before it has loaded"))?;
+        let (plan, state) = (&held.plan, &held.state);
         let store = LocalStore::new(&command.root);
         let total = crate::checkpoint::data_bytes(plan, state);
         self.watched.done_bytes.store(0, Ordering::Relaxed);
@@ -194,6 +258,28 @@ fn placed(found: Device, plan: &LoadPlan, rank: Rank) -> Result<Device, Failure>
             blame: Blame::Own,
         }),
         (DeviceWish::Cuda | DeviceWish::Auto, found) => Ok(found),
+    }
+}
+
+/// What a snapshot's writer tells, as the session hears it.
+fn outcome_of(told: Result<News, CheckpointError>) -> Outcome {
+    match told {
+        Ok(News::SnapshotTaken(step)) => Outcome::SnapshotTaken(step),
+        Ok(News::Saved { grant: Grant { step, attempt, root, directory }, receipt }) => {
+            Outcome::Saved { command: SaveCommand { step, attempt, root, directory }, receipt }
+        }
+        Err(error) => Outcome::Failed(Failure {
+            message: chain(&error),
+            exit_code: error.kind().exit_code(),
+            blame: Blame::Own,
+        }),
+    }
+}
+
+fn train_failure(error: &TrainError, own: Rank) -> Failure {
+    match error {
+        TrainError::Comm(source) => comm_failure(source, own),
+        _ => Failure { message: chain(error), exit_code: error.kind().exit_code(), blame: Blame::Own },
     }
 }
 

@@ -18,6 +18,7 @@ use std::path::PathBuf;
 use std::time::Duration;
 
 pub use error::WorkerError;
+pub(crate) use proc_stat::peak_resident_bytes;
 pub use session::{Ended, run};
 
 use crate::device::LocalRank;

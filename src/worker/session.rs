@@ -20,8 +20,9 @@ use crate::comm::Group;
 use crate::comm::tcp::TcpPort;
 use crate::error::{Kind, chain};
 use crate::plan::{LoadPlan, PLAN_VERSION};
-use crate::rpc::{Clients, describe_status, kind_of, request};
+use crate::rpc::{Clients, describe_status, kind_of, request, training_progress};
 use crate::tasks::{Tasks, spawn_thread, survive_file_size_limit};
+use crate::train::Grant;
 use crate::types::{Attempt, Generation, Step};
 
 /// After a failure of its own a rank waits this long for the coordinator to name the cause, which may be another rank.
@@ -79,11 +80,14 @@ struct Session {
     renew_interval: Duration,
     stage: tokio::sync::watch::Sender<&'static str>,
     loading: bool,
+    training: bool,
     saving: Option<(u64, u64)>,
     generation: u64,
     /// What this rank has reported, to be said again to a coordinator that was restarted.
     loaded: Option<v1::ReportLoadedRequest>,
     saved: Option<v1::ReportSavedRequest>,
+    snapshot: Option<v1::RequestSaveRequest>,
+    trained: Option<v1::ReportTrainedRequest>,
     preempted: Arc<AtomicBool>,
 }
 
@@ -125,10 +129,13 @@ impl Session {
             watched: Watched::default(),
             stage: tokio::sync::watch::Sender::new("joining"),
             loading: false,
+            training: false,
             saving: None,
             generation: 0,
             loaded: None,
             saved: None,
+            snapshot: None,
+            trained: None,
             preempted: Arc::default(),
         };
         Ok((session, snapshots))
@@ -147,6 +154,7 @@ impl Session {
                     done_bytes: watched.done_bytes.load(Ordering::Relaxed),
                     total_bytes: watched.total_bytes.load(Ordering::Relaxed),
                     peak_resident_bytes: peak_resident_bytes(),
+                    training: watched.control.progress().filter(|_| config.rank.0 == 0).as_ref().map(training_progress),
                 };
                 let member_id = member.borrow().clone();
                 let renew = v1::RenewRequest { member_id, progress: Some(progress) };
@@ -244,14 +252,31 @@ impl Session {
                 {
                     self.saving = Some((save.step, save.attempt));
                     let _ = self.stage.send("saving");
-                    let root = self.config.checkpoint_root.clone();
                     let command = SaveCommand {
                         step: Step(save.step),
                         attempt: Attempt(save.attempt),
-                        root: root.unwrap_or_else(|| PathBuf::from(&snapshot.checkpoint_root)),
+                        root: self.checkpoint_root(snapshot).unwrap_or_default(),
                         directory: save.directory.clone(),
                     };
                     tell(commands, Command::Save(command))?;
+                }
+            }
+            v1::Phase::Training => {
+                let root = self.checkpoint_root(snapshot);
+                let granted = snapshot.save.as_ref().zip(root.clone()).map(|(save, root)| Grant {
+                    step: Step(save.step),
+                    attempt: Attempt(save.attempt),
+                    root,
+                    directory: save.directory.clone(),
+                });
+                if snapshot.stop {
+                    self.watched.control.stop();
+                }
+                self.watched.control.saves(granted, snapshot.committed_step.map(Step));
+                if !self.training {
+                    self.training = true;
+                    let _ = self.stage.send("training");
+                    tell(commands, Command::Train(root))?;
                 }
             }
             v1::Phase::Finished => {
@@ -268,6 +293,12 @@ impl Session {
             _ => {}
         }
         Ok(false)
+    }
+
+    /// Where this host has the job's checkpoints; none when the job has no place for them.
+    fn checkpoint_root(&self, snapshot: &v1::WatchResponse) -> Option<PathBuf> {
+        let told = Some(&snapshot.checkpoint_root).filter(|root| !root.is_empty());
+        told.map(|root| self.config.checkpoint_root.clone().unwrap_or_else(|| PathBuf::from(root)))
     }
 
     fn load_command(&self, plan: LoadPlan, snapshot: &v1::WatchResponse) -> Result<LoadCommand, WorkerError> {
@@ -313,7 +344,9 @@ impl Session {
     async fn report(&mut self, outcome: Outcome) -> Result<(), WorkerError> {
         let member_id = self.member.borrow().clone();
         let (request_id, generation) = (format!("{member_id}-{:x}", crate::clock::unix_ns()), self.generation);
-        let _ = self.stage.send("holding");
+        if !self.training {
+            let _ = self.stage.send("holding");
+        }
         match outcome {
             Outcome::Loaded(report) => {
                 crate::faults::point("worker.loaded");
@@ -331,6 +364,17 @@ impl Session {
                 self.report_saved().await?;
                 crate::faults::point("worker.saved-reported");
             }
+            // All ranks take the snapshot of a step; one says so.
+            Outcome::SnapshotTaken(_) if self.config.rank.0 != 0 => {}
+            Outcome::SnapshotTaken(step) => {
+                self.snapshot = Some(v1::RequestSaveRequest { request_id, member_id, generation, step: step.0 });
+                self.request_save().await?;
+            }
+            Outcome::Trained => {
+                let step = self.saved.as_ref().map_or(0, |saved| saved.step);
+                self.trained = Some(v1::ReportTrainedRequest { request_id, member_id, generation, step });
+                self.report_trained().await?;
+            }
             Outcome::Failed(_) => {}
         }
         Ok(())
@@ -340,6 +384,18 @@ impl Session {
         let Some(message) = self.loaded.clone() else { return Ok(()) };
         let answer = self.clients.worker.report_loaded(request(&self.config.token, message)?).await;
         answer.map(drop).map_err(refused(&self.config, "report its load"))
+    }
+
+    async fn request_save(&mut self) -> Result<(), WorkerError> {
+        let Some(message) = self.snapshot.clone() else { return Ok(()) };
+        let answer = self.clients.worker.request_save(request(&self.config.token, message)?).await;
+        answer.map(drop).map_err(refused(&self.config, "ask for a checkpoint"))
+    }
+
+    async fn report_trained(&mut self) -> Result<(), WorkerError> {
+        let Some(message) = self.trained.clone() else { return Ok(()) };
+        let answer = self.clients.worker.report_trained(request(&self.config.token, message)?).await;
+        answer.map(drop).map_err(refused(&self.config, "report the end of its training"))
     }
 
     async fn report_saved(&mut self) -> Result<(), WorkerError> {
@@ -414,7 +470,9 @@ impl Session {
         }
         .map_err(refused(&self.config, "watch"))?;
         self.report_loaded().await?;
+        self.request_save().await?;
         self.report_saved().await?;
+        self.report_trained().await?;
         if self.preempted.load(Ordering::Relaxed) {
             // The signal came once; whether the last coordinator heard of it is not known.
             let _ = drain(&mut self.clients, &self.config).await;

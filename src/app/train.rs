@@ -1,0 +1,199 @@
+//! Preparing a training run: what is trained, where it goes on from, and all that can be refused before a process starts.
+
+use std::path::{Path, PathBuf};
+
+use crate::adapter::{AdapterConfig, AdapterError};
+use crate::checkpoint::{Checkpoint, CheckpointError, plan_state};
+use crate::config::{ConfigError, JobConfig, QuantizationFormat};
+use crate::error::{Classify, Kind, chain};
+use crate::format::ModelIndex;
+use crate::load::{ScanError, scan};
+use crate::model::{ModelError, Skeleton};
+use crate::plan::{Input, LoadPlan, Resumed, TrainPlan, state_plan};
+use crate::store::{LocalStore, StoreError, read_small};
+use crate::train::{Method, Recipe, Trained, trained_tensors};
+use crate::types::{Fqn, Shape};
+
+/// An adapter's configuration is a few kilobytes.
+const MAX_CONFIG_BYTES: u64 = 16 << 20;
+const ADAPTER_CONFIG: &str = "adapter_config.json";
+const ADAPTER_MODEL: &str = "adapter_model.safetensors";
+
+/// Why a training run cannot be started.
+#[derive(Debug, thiserror::Error)]
+#[non_exhaustive]
+pub enum TrainPlanError {
+    /// The adapter does not fit.
+    #[error("train.lora: {0}")]
+    Adapter(#[from] AdapterError),
+    /// The adapter to start from cannot be read.
+    #[error("train.lora.adapter: {0}")]
+    Scan(#[from] ScanError),
+    /// The adapter to start from cannot be read.
+    #[error("train.lora.adapter: {0}")]
+    Store(#[from] StoreError),
+    /// The adapter to start from lacks a tensor, or has it in another shape.
+    #[error("train.lora.adapter: {path}: tensor {fqn}: expected shape {expected}, found {found}")]
+    AdapterTensor {
+        /// The file.
+        path: String,
+        /// The tensor.
+        fqn: Fqn,
+        /// The shape that the base needs.
+        expected: Shape,
+        /// What the file has.
+        found: String,
+    },
+    /// The model cannot be trained.
+    #[error("{model} cannot be trained: {reason}")]
+    Model {
+        /// The model.
+        model: String,
+        /// Why.
+        reason: String,
+    },
+    /// The checkpoint to go on from is of another run.
+    #[error(transparent)]
+    Checkpoint(#[from] CheckpointError),
+}
+
+impl Classify for TrainPlanError {
+    fn kind(&self) -> Kind {
+        match self {
+            Self::Adapter(source) => source.kind(),
+            Self::Scan(source) => source.kind(),
+            Self::Store(source) => source.kind(),
+            Self::AdapterTensor { .. } | Self::Model { .. } => Kind::Invalid,
+            Self::Checkpoint(source) => source.kind(),
+        }
+    }
+}
+
+/// Checks the `[train]` section against the rest of the job, and lets it decide what is quantized: `qlora` means NF4 with
+/// double quantization unless the job says which format.
+///
+/// # Errors
+/// [`ConfigError::Value`], the first.
+pub(super) fn apply_recipe(config: &mut JobConfig) -> Result<(), ConfigError> {
+    let Some(recipe) = &config.train else { return Ok(()) };
+    let value = |key, expected, found: &str| Err(ConfigError::Value { key, expected, found: found.to_owned() });
+    recipe.check().map_err(|(key, expected, found)| ConfigError::Value { key, expected, found })?;
+    if config.checkpoint.directory.is_none() {
+        return value("checkpoint.directory", "a directory, because the job trains", "nothing");
+    }
+    if config.job.hold {
+        return value("job.hold", "false, because the job ends with its training", "true");
+    }
+    let quantization = &mut config.quantization;
+    match (recipe.method, quantization.format) {
+        (Method::Qlora, QuantizationFormat::None) => {
+            quantization.format = QuantizationFormat::Nf4;
+            quantization.double = true;
+        }
+        (Method::Qlora, _) | (Method::Full | Method::Lora, QuantizationFormat::None) => {}
+        (Method::Lora, _) => return value("train.type", "\"qlora\", because the base is quantized", "\"lora\""),
+        (Method::Full, _) => {
+            return value("quantization.format", "none, because all weights are trained", "a quantized format");
+        }
+    }
+    // The run writes its own checkpoints.
+    config.checkpoint.save = false;
+    Ok(())
+}
+
+/// The training part of a plan whose base is `base`; `resumed` is the checkpoint that the run goes on from.
+///
+/// # Errors
+/// [`TrainPlanError`].
+pub(super) fn train_plan(
+    recipe: &Recipe,
+    base: &LoadPlan,
+    checkpoint_root: &Path,
+    resumed: Option<&Checkpoint>,
+) -> Result<TrainPlan, TrainPlanError> {
+    let skeleton = skeleton(base)?;
+    let start = recipe.lora.adapter.as_deref().filter(|_| recipe.method != Method::Full);
+    let config = match (resumed.and_then(|checkpoint| checkpoint.manifest.trainer.training.as_ref()), start) {
+        (Some(training), _) => training.adapter.as_ref().map(AdapterConfig::from_value).transpose()?,
+        (None, Some(directory)) => Some(read_config(directory)?),
+        (None, None) => None,
+    };
+    let trained = trained_tensors(recipe, &skeleton, config)?;
+    let mut state = state_plan(base, &trained.tensors);
+    state.root = super::prepare::absolute(checkpoint_root);
+    let initial = match (start, resumed) {
+        (Some(directory), None) => Some(Box::new(initial_plan(&state, &trained, directory)?)),
+        _ => None,
+    };
+    let resumed = match resumed {
+        None => None,
+        Some(checkpoint) => {
+            state = plan_state(state, checkpoint)?;
+            let training = checkpoint.manifest.trainer.training.clone();
+            training.map(|training| Resumed { step: checkpoint.manifest.step, training })
+        }
+    };
+    let adapter = trained.adapter.map(|(mut config, _)| {
+        config.base_model_name_or_path.get_or_insert_with(|| base.model.clone());
+        config.to_value()
+    });
+    let recipe = serde_json::to_value(recipe).unwrap_or_default();
+    if let Some(resumed) = &resumed {
+        warn_of_changes(&resumed.training.recipe, &recipe);
+    }
+    Ok(TrainPlan { recipe, adapter, state, initial, resumed })
+}
+
+fn skeleton(base: &LoadPlan) -> Result<Skeleton, TrainPlanError> {
+    let refused = |reason: String| TrainPlanError::Model { model: base.model.clone(), reason };
+    let json = base.config_json.as_deref().ok_or_else(|| refused("it has no config.json".to_owned()))?;
+    let skeleton = Skeleton::from_config(json.as_bytes()).map_err(|error: ModelError| refused(chain(&error)))?;
+    let trainable = skeleton.config.as_ref().is_some_and(crate::nn::is_supported);
+    if trainable {
+        Ok(skeleton)
+    } else {
+        let name = skeleton.architecture.name();
+        Err(refused(format!("expected a causal language model of a known architecture, found {name}")))
+    }
+}
+
+fn read_config(directory: &Path) -> Result<AdapterConfig, TrainPlanError> {
+    let bytes = read_small(&LocalStore::new(directory), ADAPTER_CONFIG, MAX_CONFIG_BYTES)?;
+    Ok(AdapterConfig::parse(&bytes)?)
+}
+
+/// The load of an adapter's parameters from its file, cut as the state is.
+fn initial_plan(state: &LoadPlan, trained: &Trained, directory: &Path) -> Result<LoadPlan, TrainPlanError> {
+    let store = LocalStore::new(directory);
+    let index: ModelIndex = scan(&store, &[ADAPTER_MODEL.to_owned()], None)?;
+    let mut plan = state.clone();
+    plan.tensors.truncate(trained.tensors.len());
+    plan.root = super::prepare::absolute(directory);
+    plan.files.clone_from(&index.files);
+    for tensor in &mut plan.tensors {
+        let found = index.tensors.get(tensor.fqn.as_str());
+        let Some(entry) = found.filter(|entry| entry.shape == tensor.shape) else {
+            return Err(TrainPlanError::AdapterTensor {
+                path: directory.join(ADAPTER_MODEL).display().to_string(),
+                fqn: tensor.fqn.clone(),
+                expected: tensor.shape.clone(),
+                found: found.map_or_else(|| "nothing".to_owned(), |entry| entry.shape.to_string()),
+            });
+        };
+        let (file, range, dtype, encoding) = (entry.file, entry.range, entry.dtype, entry.encoding.clone());
+        tensor.input = Input::Elements { file, range, dtype, encoding };
+    }
+    Ok(plan)
+}
+
+/// A run may go on with another recipe; people should know that it does.
+fn warn_of_changes(before: &serde_json::Value, after: &serde_json::Value) {
+    let (Some(before), Some(after)) = (before.as_object(), after.as_object()) else { return };
+    for (key, now) in after {
+        let was = before.get(key).unwrap_or(&serde_json::Value::Null);
+        if was != now && key != "steps" && key != "epochs" {
+            tracing::warn!("train.{key} is {now}; the run began with {was}");
+        }
+    }
+}
+

@@ -1,0 +1,133 @@
+//! What whoever runs the training and the training say to each other while it goes on.
+//!
+//! Owns: requests to stop, grants to write, the progress that others look at. Refuses to know: who asks and who looks.
+
+use std::path::PathBuf;
+use std::sync::atomic::{AtomicBool, Ordering};
+use std::sync::{Arc, Condvar, Mutex, MutexGuard, PoisonError};
+use std::time::Duration;
+
+use crate::load::Cancel;
+use crate::manifest::ShardReceipt;
+use crate::membership::TrainingProgress;
+use crate::types::{Attempt, Step};
+
+/// How often a wait looks whether the run was cancelled.
+const LOOK: Duration = Duration::from_millis(50);
+
+/// A try at writing a checkpoint, granted by the coordinator.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct Grant {
+    /// The step.
+    pub step: Step,
+    /// The try.
+    pub attempt: Attempt,
+    /// The root of checkpoints.
+    pub root: PathBuf,
+    /// The attempt's directory in it.
+    pub directory: String,
+}
+
+/// What the training tells.
+#[derive(Debug)]
+pub enum News {
+    /// This rank holds a snapshot of the step.
+    SnapshotTaken(Step),
+    /// This rank has written its part.
+    Saved {
+        /// What was granted.
+        grant: Grant,
+        /// What was written.
+        receipt: Box<ShardReceipt>,
+    },
+}
+
+/// The line between a training run and the session that follows the coordinator. Clones share it.
+#[derive(Clone, Debug, Default)]
+pub struct Control {
+    shared: Arc<Shared>,
+    cancel: Cancel,
+}
+
+#[derive(Debug, Default)]
+struct Shared {
+    stop: AtomicBool,
+    saves: Mutex<Saves>,
+    changed: Condvar,
+    progress: Mutex<Option<TrainingProgress>>,
+}
+
+#[derive(Debug, Default)]
+struct Saves {
+    granted: Option<Grant>,
+    committed: Option<Step>,
+}
+
+impl Control {
+    /// A line whose waits end when `cancel` is.
+    #[must_use]
+    pub fn new(cancel: Cancel) -> Self {
+        Self { shared: Arc::default(), cancel }
+    }
+
+    /// Asks all ranks to end at the next step boundary, with a checkpoint.
+    pub fn stop(&self) {
+        self.shared.stop.store(true, Ordering::Relaxed);
+    }
+
+    pub(super) fn is_stopping(&self) -> bool {
+        self.shared.stop.load(Ordering::Relaxed)
+    }
+
+    pub(super) fn is_cancelled(&self) -> bool {
+        self.cancel.is_cancelled()
+    }
+
+    /// What the coordinator says of checkpoints.
+    pub fn saves(&self, granted: Option<Grant>, committed: Option<Step>) {
+        let mut saves = self.lock();
+        *saves = Saves { granted, committed };
+        self.shared.changed.notify_all();
+    }
+
+    /// How far the run is; none before its first step.
+    #[must_use]
+    pub fn progress(&self) -> Option<TrainingProgress> {
+        self.shared.progress.lock().unwrap_or_else(PoisonError::into_inner).clone()
+    }
+
+    pub(super) fn set_progress(&self, progress: TrainingProgress) {
+        *self.shared.progress.lock().unwrap_or_else(PoisonError::into_inner) = Some(progress);
+    }
+
+    /// Waits until `step` is committed, or until there is a grant for it that is not `done`. None when cancelled.
+    pub(super) fn wait_for(&self, step: Step, done: Option<&Grant>) -> Option<Next> {
+        let mut saves = self.lock();
+        loop {
+            if saves.committed.is_some_and(|committed| committed >= step) {
+                return Some(Next::Committed);
+            }
+            if let Some(grant) = saves.granted.as_ref().filter(|grant| grant.step == step && Some(*grant) != done) {
+                return Some(Next::Write(grant.clone()));
+            }
+            if self.cancel.is_cancelled() {
+                return None;
+            }
+            let waited = self.shared.changed.wait_timeout(saves, LOOK);
+            saves = waited.unwrap_or_else(PoisonError::into_inner).0;
+        }
+    }
+
+    fn lock(&self) -> MutexGuard<'_, Saves> {
+        self.shared.saves.lock().unwrap_or_else(PoisonError::into_inner)
+    }
+}
+
+/// What a snapshot waits for.
+#[derive(Debug)]
+pub(super) enum Next {
+    /// Write it.
+    Write(Grant),
+    /// It is durable.
+    Committed,
+}

@@ -1,0 +1,190 @@
+//! Forward and backward of a micro-batch over a base that comes and goes block by block.
+//!
+//! Owns: which block's weights are there when, activation checkpointing, and the sum of gradients over micro-batches.
+//! Refuses to know: ranks, optimizer, data.
+//!
+//! Each block's graph starts at a variable that holds the block's input; its backward is started with the gradient that
+//! came from the block after it. With activation checkpointing the graph is made in the backward pass, from the input that
+//! was kept; without it the forward's graph is kept.
+
+use candle_core::backprop::GradStore;
+use candle_core::{Tensor, Var};
+
+use crate::nn::{Decoder, DropoutKey, Pass, Tokens};
+use crate::types::Fqn;
+
+use super::TrainError;
+use super::base::Base;
+use super::exchange::Exchange;
+use super::state::Layout;
+
+/// The sum of negative log likelihoods in nats, and the number of tokens that count.
+#[derive(Clone, Copy, Debug, Default, PartialEq)]
+pub(super) struct LossSum {
+    pub(super) nats: f32,
+    pub(super) tokens: u64,
+}
+
+/// The model with room for gradients.
+pub(super) struct Engine<'a> {
+    decoder: Decoder,
+    pub(super) base: Base<'a>,
+    /// The trained variables in the layout's order.
+    variables: Vec<Var>,
+    /// Whether the embedding is trained, so that the backward goes all the way.
+    trains_embedding: bool,
+    checkpointing: bool,
+    /// The gradients' sum, as the layout's whole buffer.
+    pub(super) gradients: Vec<f32>,
+}
+
+/// A block between its forward and its backward.
+struct Kept {
+    input: Var,
+    /// Without activation checkpointing.
+    output: Option<Tensor>,
+}
+
+impl<'a> Engine<'a> {
+    pub(super) fn new(
+        decoder: Decoder,
+        base: Base<'a>,
+        (variables, layout): (Vec<Var>, &Layout),
+        checkpointing: bool,
+    ) -> Self {
+        let is_trained = |fqn: &Fqn| layout.tensors().iter().any(|(known, ..)| known == fqn);
+        let trains_embedding = decoder.embed_tensors().iter().any(is_trained);
+        let gradients = vec![0.0; layout.elements()];
+        Self { decoder, base, variables, trains_embedding, checkpointing, gradients }
+    }
+
+    /// Forward and backward; gradients are added to `gradients`.
+    pub(super) fn learn(
+        &mut self,
+        tokens: &Tokens,
+        dropout: Option<DropoutKey>,
+        layout: &Layout,
+        exchange: &mut Exchange<'_>,
+    ) -> Result<LossSum, TrainError> {
+        let pass = self.decoder.pass(tokens, dropout)?;
+        let embedded = self.embed(tokens, exchange)?;
+        let mut input = Var::from_tensor(&embedded.detach())?;
+        let mut kept = Vec::with_capacity(self.decoder.blocks());
+        for block in 0..self.decoder.blocks() {
+            let output = self.block(block, input.as_tensor(), &pass, exchange)?;
+            let next = Var::from_tensor(&output.detach())?;
+            let output = Some(output).filter(|_| !self.checkpointing);
+            kept.push(Kept { input: std::mem::replace(&mut input, next), output });
+        }
+        self.fill_head(exchange)?;
+        let (loss, counted) = self.decoder.loss(input.as_tensor(), tokens)?;
+        let nats: f32 = loss.to_scalar()?;
+        let store = loss.backward()?;
+        drop(loss);
+        self.base.clear(self.decoder.head_tensors());
+        self.collect(&store, layout)?;
+        let mut gradient = take(store, &input)?;
+        drop(input);
+        for block in (0..self.decoder.blocks()).rev() {
+            let Some(Kept { input, output }) = kept.pop() else { break };
+            gradient = self.block_backward((block, input, output), gradient, (&pass, layout), exchange)?;
+        }
+        if self.trains_embedding {
+            let store = (embedded * gradient)?.sum_all()?.backward()?;
+            self.collect(&store, layout)?;
+        }
+        Ok(LossSum { nats, tokens: counted })
+    }
+
+    /// Forward only.
+    pub(super) fn evaluate(&mut self, tokens: &Tokens, exchange: &mut Exchange<'_>) -> Result<LossSum, TrainError> {
+        let pass = self.decoder.pass(tokens, None)?;
+        let mut values = self.embed(tokens, exchange)?.detach();
+        for block in 0..self.decoder.blocks() {
+            values = self.block(block, &values, &pass, exchange)?.detach();
+        }
+        self.fill_head(exchange)?;
+        let (loss, tokens) = self.decoder.loss(&values, tokens)?;
+        self.base.clear(self.decoder.head_tensors());
+        Ok(LossSum { nats: loss.to_scalar()?, tokens })
+    }
+
+    /// Makes the collective calls of [`Self::learn`] (or of [`Self::evaluate`]) and computes nothing (`TR-1`).
+    pub(super) fn take_part(&mut self, learns: bool, exchange: &mut Exchange<'_>) -> Result<(), TrainError> {
+        let blocks = 0..self.decoder.blocks();
+        self.base.take_part(self.decoder.embed_tensors(), exchange)?;
+        for block in blocks.clone() {
+            self.base.take_part(self.decoder.block_tensors(block), exchange)?;
+        }
+        self.base.take_part(self.decoder.head_tensors(), exchange)?;
+        for block in blocks.rev().filter(|_| learns) {
+            self.base.take_part(self.decoder.block_tensors(block), exchange)?;
+        }
+        Ok(())
+    }
+
+    fn embed(&mut self, tokens: &Tokens, exchange: &mut Exchange<'_>) -> Result<Tensor, TrainError> {
+        self.base.fill(self.decoder.embed_tensors(), exchange)?;
+        let embedded = self.decoder.embed(tokens)?;
+        self.base.clear(self.decoder.embed_tensors());
+        Ok(embedded)
+    }
+
+    fn fill_head(&mut self, exchange: &mut Exchange<'_>) -> Result<(), TrainError> {
+        self.base.fill(self.decoder.head_tensors(), exchange)
+    }
+
+    fn block(
+        &mut self,
+        block: usize,
+        input: &Tensor,
+        pass: &Pass,
+        exchange: &mut Exchange<'_>,
+    ) -> Result<Tensor, TrainError> {
+        self.base.fill(self.decoder.block_tensors(block), exchange)?;
+        let output = self.decoder.block(block, input, pass)?;
+        self.base.clear(self.decoder.block_tensors(block));
+        Ok(output)
+    }
+
+    /// The gradient of a block's input from that of its output.
+    fn block_backward(
+        &mut self,
+        (block, input, output): (usize, Var, Option<Tensor>),
+        gradient: Tensor,
+        (pass, layout): (&Pass, &Layout),
+        exchange: &mut Exchange<'_>,
+    ) -> Result<Tensor, TrainError> {
+        self.base.fill(self.decoder.block_tensors(block), exchange)?;
+        let output = match output {
+            Some(output) => output,
+            None => self.decoder.block(block, input.as_tensor(), pass)?,
+        };
+        // The gradient of sum(output * gradient) is `gradient` at the output.
+        let store = (output * gradient)?.sum_all()?.backward()?;
+        self.base.clear(self.decoder.block_tensors(block));
+        self.collect(&store, layout)?;
+        take(store, &input)
+    }
+
+    /// Adds the gradients of the trained variables in `store`.
+    fn collect(&mut self, store: &GradStore, layout: &Layout) -> Result<(), TrainError> {
+        for (variable, (_, range, _)) in self.variables.iter().zip(layout.tensors()) {
+            let Some(gradient) = store.get(variable.as_tensor()) else { continue };
+            let values = gradient.flatten_all()?.to_vec1::<f32>()?;
+            let sums = self.gradients.get_mut(range.clone()).unwrap_or_default();
+            for (sum, value) in sums.iter_mut().zip(values) {
+                *sum += value;
+            }
+        }
+        Ok(())
+    }
+}
+
+/// The gradient of `variable`; zero when nothing depends on it.
+fn take(mut store: GradStore, variable: &Var) -> Result<Tensor, TrainError> {
+    match store.remove(variable.as_tensor()) {
+        Some(gradient) => Ok(gradient.detach()),
+        None => Ok(variable.as_tensor().zeros_like()?.detach()),
+    }
+}
