@@ -261,7 +261,10 @@ impl Fields {
 
     fn modules(&mut self, key: &'static str) -> Result<Option<TargetModules>, AdapterError> {
         Ok(match self.0.get(key) {
-            None | Some(Value::Null) => None,
+            None | Some(Value::Null) => {
+                self.take(key);
+                None
+            }
             Some(Value::String(text)) if key == "target_modules" && text.to_lowercase() == "all-linear" => {
                 self.take(key);
                 Some(TargetModules::AllLinear)

@@ -6,7 +6,7 @@ use regex::Regex;
 
 use super::merge::Orientation;
 use super::{AdapterConfig, AdapterError, TargetModules};
-use crate::model::{Role, Skeleton};
+use crate::model::{Alias, Role, Skeleton, SkeletonTensor};
 
 /// A linear layer of the base model.
 #[derive(Clone, Debug, PartialEq, Eq)]
@@ -19,6 +19,8 @@ pub struct LinearModule {
     pub in_features: u64,
     /// Whether it is the output head, which `all-linear` leaves out.
     pub head: bool,
+    /// Whether its weight is another's, the embedding's. No adapter goes there: merged, it would change the embedding too.
+    pub tied: bool,
     /// How its weight is stored.
     pub orientation: Orientation,
 }
@@ -50,11 +52,10 @@ pub fn scale(r: u64, alpha: f64, use_rslora: bool) -> f64 {
     alpha / if use_rslora { r.sqrt() } else { r }
 }
 
-/// The linear layers of a model, in its order. A head that is tied to the embedding is none: an adapter on it would change
-/// the embedding too.
+/// The linear layers of a model, in its order, tied ones last.
 #[must_use]
 pub fn linears(skeleton: &Skeleton) -> Vec<LinearModule> {
-    let linear = |tensor: &crate::model::SkeletonTensor| {
+    let linear = |tensor: &SkeletonTensor| {
         let head = match tensor.role {
             Role::Linear => false,
             Role::Head => true,
@@ -63,16 +64,22 @@ pub fn linears(skeleton: &Skeleton) -> Vec<LinearModule> {
         let module = tensor.fqn.as_str().strip_suffix(".weight")?;
         let &[out_features, in_features] = tensor.shape.0.as_slice() else { return None };
         let orientation = Orientation::OutIn;
-        Some(LinearModule { module: module.to_owned(), out_features, in_features, head, orientation })
+        Some(LinearModule { module: module.to_owned(), out_features, in_features, head, tied: false, orientation })
     };
-    skeleton.tensors.iter().filter_map(linear).collect()
+    let tied = |alias: &Alias| {
+        let tensor = skeleton.tensors.iter().find(|tensor| tensor.fqn == alias.target)?;
+        let head = SkeletonTensor { fqn: alias.alias.clone(), role: Role::Head, ..tensor.clone() };
+        Some(LinearModule { tied: true, ..linear(&head)? })
+    };
+    skeleton.tensors.iter().filter_map(linear).chain(skeleton.aliases.iter().filter_map(tied)).collect()
 }
 
 impl AdapterConfig {
     /// The modules that the adapter is on, in the order of `linears`.
     ///
     /// # Errors
-    /// [`AdapterError::NoMatch`] when there is none, [`AdapterError::Pattern`].
+    /// [`AdapterError::NoMatch`] when there is none, [`AdapterError::Pattern`], [`AdapterError::Unsupported`] when a tied
+    /// output head is among them.
     pub fn targets(&self, linears: &[LinearModule]) -> Result<Vec<Target>, AdapterError> {
         let wanted = Matcher::new("target_modules", &self.target_modules)?;
         let excluded =
@@ -92,6 +99,14 @@ impl AdapterConfig {
             };
             if excluded || !matched {
                 continue;
+            }
+            if linear.tied {
+                let reason = "its weight is the embedding's (tied), which an adapter would change too";
+                return Err(AdapterError::Unsupported {
+                    field: "target_modules".to_owned(),
+                    found: name.to_owned(),
+                    reason,
+                });
             }
             let r = ranks.get(name).unwrap_or(self.r);
             let alpha = alphas.get(name).unwrap_or(self.lora_alpha);
