@@ -152,7 +152,10 @@ async fn launch_in(job: LaunchJob, directory: &Path, audience: Audience) -> Resu
     };
     run_file.write(directory)?;
 
-    let command = worker_command(&run_file.coordinator, &run_file.token_file, None, Some(plan.device));
+    let mut command = worker_command(&run_file.coordinator, &run_file.token_file, None, Some(plan.device));
+    if plan.train.is_some() {
+        command.environment.extend(training_environment());
+    }
     let mut launch = Launch::with_command(&args, &environment, command)?;
     launch.on_event = Some(event_sink(coordinator.clone(), audience.note));
     let (stopper, stop) = stop_channel();
@@ -220,6 +223,18 @@ pub(super) fn worker_command(
         };
     }
     RankCommand { program: "/proc/self/exe".into(), args: vec!["worker".into()], environment }
+}
+
+/// Every step frees and takes the same large buffers. By default glibc gives them back to the kernel each time, and first
+/// touches of fresh pages run at a fifth of the memory's speed.
+fn training_environment() -> impl Iterator<Item = (OsString, OsString)> {
+    let settings = [
+        ("MALLOC_MMAP_THRESHOLD_", "4294967296"),
+        ("MALLOC_TRIM_THRESHOLD_", "68719476736"),
+        ("MALLOC_ARENA_MAX", "1"),
+    ];
+    let untold = settings.into_iter().filter(|(name, _)| variable(name).is_none());
+    untold.map(|(name, value)| (name.into(), value.into()))
 }
 
 /// Tells the coordinator of ranks that ended with failure, within milliseconds.

@@ -1,6 +1,6 @@
 //! Preparing a training run: what is trained, where it goes on from, and all that can be refused before a process starts.
 
-use std::path::{Path, PathBuf};
+use std::path::Path;
 
 use crate::adapter::{AdapterConfig, AdapterError};
 use crate::checkpoint::{Checkpoint, CheckpointError, plan_state};
@@ -11,7 +11,7 @@ use crate::load::{ScanError, scan};
 use crate::model::{ModelError, Skeleton};
 use crate::plan::{Input, LoadPlan, Resumed, TrainPlan, state_plan};
 use crate::store::{LocalStore, StoreError, read_small};
-use crate::train::{Method, Recipe, Trained, trained_tensors};
+use crate::train::{Method, Recipe, Trained, is_trainable, trained_tensors};
 use crate::types::{Fqn, Shape};
 
 /// An adapter's configuration is a few kilobytes.
@@ -148,7 +148,7 @@ fn skeleton(base: &LoadPlan) -> Result<Skeleton, TrainPlanError> {
     let refused = |reason: String| TrainPlanError::Model { model: base.model.clone(), reason };
     let json = base.config_json.as_deref().ok_or_else(|| refused("it has no config.json".to_owned()))?;
     let skeleton = Skeleton::from_config(json.as_bytes()).map_err(|error: ModelError| refused(chain(&error)))?;
-    let trainable = skeleton.config.as_ref().is_some_and(crate::nn::is_supported);
+    let trainable = skeleton.config.as_ref().is_some_and(is_trainable);
     if trainable {
         Ok(skeleton)
     } else {

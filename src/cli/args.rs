@@ -56,7 +56,7 @@ pub enum Command {
         command: CheckpointCommand,
     },
     /// Show the ranks of a running job
-    Status(JobFlags),
+    Status(StatusFlags),
     /// End a running job in an orderly way, with a checkpoint if it has none
     Drain(JobFlags),
     /// Run the main job on a small real model, with a crash in the middle
@@ -211,7 +211,7 @@ pub struct JobOverrides {
     /// Which ranks read: low-memory (rank 0), striped, full
     #[arg(long, value_parser = parse_strategy)]
     pub strategy: Option<Strategy>,
-    /// What ranks keep: shard, replicate
+    /// What ranks keep: shard, replicate, layers
     #[arg(long, value_parser = parse_placement)]
     pub placement: Option<Placement>,
     /// Quantize linear layers while loading
@@ -263,7 +263,7 @@ fn parse_strategy(text: &str) -> Result<Strategy, String> {
 }
 
 fn parse_placement(text: &str) -> Result<Placement, String> {
-    word(text, "shard or replicate")
+    word(text, "shard, replicate or layers")
 }
 
 fn word<T: serde::de::DeserializeOwned>(text: &str, expected: &str) -> Result<T, String> {
@@ -403,6 +403,17 @@ pub struct JobFlags {
     /// Print JSON on stdout
     #[arg(long)]
     pub json: bool,
+}
+
+/// `weightcast status`
+#[derive(Debug, Args)]
+pub struct StatusFlags {
+    #[command(flatten)]
+    #[expect(missing_docs, reason = "its fields have their own")]
+    pub job: JobFlags,
+    /// Print again every second until the job is over
+    #[arg(long)]
+    pub watch: bool,
 }
 
 /// `weightcast demo`

@@ -1,14 +1,22 @@
 //! `weightcast status` and `weightcast drain`.
 
+use std::io::IsTerminal as _;
+use std::time::Duration;
+
 use serde_json::json;
 use weightcast_proto::v1;
 
-use super::args::JobFlags;
+use super::args::{JobFlags, StatusFlags};
 use super::devices::describe;
 use super::output::{bytes, data, fail, fail_with, json, say};
 use crate::app::{RunFile, RunFileError};
 use crate::error::Kind;
+use crate::metrics::sparkline;
 use crate::rpc::{Clients, ConnectError, Token, TokenError, describe_status, kind_of, request};
+
+/// Ranks renew twice a second.
+const WATCH_INTERVAL: Duration = Duration::from_secs(1);
+const SPARKLINE_WIDTH: usize = 64;
 
 #[derive(Debug, thiserror::Error)]
 enum JobError {
@@ -58,17 +66,31 @@ fn block_on<T>(work: impl Future<Output = Result<T, JobError>>) -> Result<T, Job
     runtime.block_on(work)
 }
 
-pub(super) fn status(flags: &JobFlags) -> u8 {
-    let answer = block_on(async {
+pub(super) fn status(flags: &StatusFlags) -> u8 {
+    let StatusFlags { job: flags, watch } = flags;
+    let mut seen = false;
+    let ended = block_on(async {
         let (mut clients, token) = connect(flags).await?;
-        let message = request(&token, v1::GetStatusRequest {})?;
-        Ok(clients.job.get_status(message).await?.into_inner())
-    });
-    match answer {
-        Ok(answer) => {
+        loop {
+            let message = request(&token, v1::GetStatusRequest {})?;
+            let answer = match clients.job.get_status(message).await {
+                // A job that was watched and has gone is over.
+                Err(_) if seen => return Ok(()),
+                answer => answer?.into_inner(),
+            };
+            if seen && !flags.json && std::io::stdout().is_terminal() {
+                data("\x1b[2J\x1b[H");
+            }
             print(&answer, flags.json);
-            0
+            seen = true;
+            if !watch || matches!(answer.phase(), v1::Phase::Finished | v1::Phase::Aborted) {
+                return Ok(());
+            }
+            tokio::time::sleep(WATCH_INTERVAL).await;
         }
+    });
+    match ended {
+        Ok(()) => 0,
         Err(error) => {
             if !flags.json {
                 say(&format!("devices    {}", describe()));
@@ -91,11 +113,38 @@ pub(super) fn drain(flags: &JobFlags) -> u8 {
     }
 }
 
+fn print_training(training: &v1::TrainingProgress) {
+    data(&format!(
+        "training   step {} of {}, loss {:.4}, learning rate {:.3e}, {:.0} tokens/s, {:.0} s left",
+        training.step,
+        training.total_steps,
+        training.loss,
+        training.learning_rate,
+        training.tokens_per_second,
+        training.remaining_seconds
+    ));
+    if let Some(loss) = training.evaluation_loss {
+        let best = training.best_step.map_or_else(String::new, |step| format!(", best after step {step}"));
+        data(&format!("evaluation loss {loss:.4}{best}"));
+    }
+    if training.recent_losses.len() > 1 {
+        data(&format!("loss       {}", sparkline(&training.recent_losses, SPARKLINE_WIDTH)));
+    }
+}
+
 fn print(answer: &v1::GetStatusResponse, as_json: bool) {
     let header = answer.header.clone().unwrap_or_default();
     let phase = answer.phase().as_str_name().trim_start_matches("PHASE_").to_ascii_lowercase();
     let devices = describe();
     if as_json {
+        let training = answer.training.as_ref().map(|training| {
+            json!({
+                "step": training.step, "total_steps": training.total_steps, "loss": training.loss,
+                "learning_rate": training.learning_rate, "tokens_per_second": training.tokens_per_second,
+                "remaining_seconds": training.remaining_seconds, "recent_losses": training.recent_losses,
+                "evaluation_loss": training.evaluation_loss, "best_step": training.best_step,
+            })
+        });
         let rank = |rank: &v1::RankStatus| {
             json!({
                 "rank": rank.rank, "host": rank.host, "process_id": rank.process_id, "device": rank.device,
@@ -106,6 +155,7 @@ fn print(answer: &v1::GetStatusResponse, as_json: bool) {
         json(&json!({
             "job": header.job_id, "generation": header.generation, "phase": phase, "model": answer.model,
             "last_checkpoint": answer.last_checkpoint, "gpu": devices,
+            "training": training,
             "ranks": answer.ranks.iter().map(rank).collect::<Vec<_>>(),
         }));
         return;
@@ -114,6 +164,9 @@ fn print(answer: &v1::GetStatusResponse, as_json: bool) {
     say(&format!("devices    {devices}"));
     if !answer.last_checkpoint.is_empty() {
         say(&format!("checkpoint {}", answer.last_checkpoint));
+    }
+    if let Some(training) = &answer.training {
+        print_training(training);
     }
     data(&format!(
         "{:>5}  {:<10}  {:>21}  {:>12}  {:>8}  {:<8}  host",

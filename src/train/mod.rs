@@ -32,4 +32,4 @@ pub use control::{Control, Grant, News};
 pub use error::TrainError;
 pub use retention::{Policy, keeps};
 pub use run::{Ended, TrainRequest, train};
-pub use table::{Trained, trained_tensors};
+pub use table::{Trained, is_trainable, trained_tensors};

@@ -7,7 +7,7 @@ use std::collections::BTreeMap;
 
 use candle_core::{Tensor, Var};
 
-use crate::adapter::{AdapterPart, Target, initial_a, parse_name, row_norms};
+use crate::adapter::{AdapterPart, Matrix, Target, initial_a, parse_name, row_norms};
 use crate::nn::{FrozenWeight, Lora, Parameter, Parameters, module_key};
 use crate::plan::LoadPlan;
 use crate::types::Fqn;
@@ -115,7 +115,8 @@ pub(super) fn first_values(
             (Some((_, targets)), Some((module, AdapterPart::Magnitude))) => {
                 let Some(target) = targets.iter().find(|target| target.module == module) else { continue };
                 let weight = base.tensor(&Fqn::from(format!("{module}.weight")), exchange)?;
-                row_norms(&weight, target.matrix())
+                let &Target { out_features, in_features, orientation, .. } = target;
+                row_norms(&weight, Matrix { out_features, in_features, orientation })
             }
             (Some(_), _) => continue,
             (None, _) => base.tensor(fqn, exchange)?,

@@ -167,7 +167,8 @@ impl DataThread {
                 options.comm_device = plane.device();
                 let (mut comm, counters) = plane.connect(meeting, port, &self.watched)?;
                 crate::faults::point("worker.connected");
-                let loaded = load(&plan, &options, Some(comm.as_mut()).filter(|_| exchanges));
+                let lent: Option<&mut dyn Communicator> = if exchanges { Some(comm.as_mut()) } else { None };
+                let loaded = load(&plan, &options, lent);
                 if let Err(error) = &loaded {
                     comm.abort_handle().abort(&chain(error));
                 }
