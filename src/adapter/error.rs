@@ -1,6 +1,10 @@
 //! Why an adapter's configuration cannot be used, does not fit, or cannot be merged.
 
+use std::fmt;
+
+use super::loaded::MAX_NAMED_TENSORS;
 use crate::error::{Classify, Kind};
+use crate::types::{DType, Fqn, Shape};
 
 /// What is wrong with an adapter.
 #[derive(Debug, thiserror::Error)]
@@ -57,6 +61,9 @@ pub enum AdapterError {
         /// The last parts of the names that there are.
         modules: String,
     },
+    /// The tensors are not those that the configuration asks for on this model.
+    #[error("the adapter's tensors do not fit: {0}")]
+    Tensors(TensorMismatch),
     /// The slices of a merge do not fit each other.
     #[error("{what}: expected {expected} elements, found {found}")]
     Length {
@@ -67,6 +74,48 @@ pub enum AdapterError {
         /// The slice's.
         found: usize,
     },
+}
+
+/// What differs between the tensors that there should be and those that there are; the first few of each kind by name.
+#[derive(Clone, Debug, Default, PartialEq, Eq)]
+pub struct TensorMismatch {
+    /// Tensors that are not there.
+    pub missing: Vec<Fqn>,
+    /// Tensors that no target has.
+    pub unexpected: Vec<Fqn>,
+    /// Tensors of another shape: name, expected, found.
+    pub shapes: Vec<(Fqn, Shape, Shape)>,
+    /// Tensors that are no weights: name, found.
+    pub dtypes: Vec<(Fqn, DType)>,
+}
+
+impl TensorMismatch {
+    pub(super) const fn is_empty(&self) -> bool {
+        self.missing.is_empty() && self.unexpected.is_empty() && self.shapes.is_empty() && self.dtypes.is_empty()
+    }
+}
+
+impl fmt::Display for TensorMismatch {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        let names = |list: &[Fqn]| list.iter().map(Fqn::to_string).collect::<Vec<_>>();
+        let shape = |(fqn, expected, found): &(Fqn, Shape, Shape)| format!("{fqn}: expected {expected}, found {found}");
+        let dtype = |(fqn, found): &(Fqn, DType)| format!("{fqn}: expected F32, F16 or BF16, found {found}");
+        let lists = [
+            ("missing", names(&self.missing)),
+            ("unexpected", names(&self.unexpected)),
+            ("of another shape", self.shapes.iter().map(shape).collect()),
+            ("of another type", self.dtypes.iter().map(dtype).collect()),
+        ];
+        let mut separator = "";
+        for (what, items) in lists.iter().filter(|(_, items)| !items.is_empty()) {
+            let named: Vec<&str> = items.iter().take(MAX_NAMED_TENSORS).map(String::as_str).collect();
+            let more = items.len() - named.len();
+            let and_more = if more > 0 { format!(" and {more} more") } else { String::new() };
+            write!(f, "{separator}{} {what} ({}{and_more})", items.len(), named.join(", "))?;
+            separator = ", ";
+        }
+        Ok(())
+    }
 }
 
 impl Classify for AdapterError {

@@ -15,14 +15,16 @@ mod check;
 mod config;
 mod error;
 mod init;
+mod loaded;
 mod merge;
 mod names;
 mod python_json;
 mod target;
 
 pub use config::{AdapterConfig, MAX_RANK, TargetModules};
-pub use error::AdapterError;
+pub use error::{AdapterError, TensorMismatch};
 pub use init::{initial_a, row_norms};
+pub use loaded::{AdapterTensor, LoadedAdapter, LoadedModule, MAX_NAMED_TENSORS};
 pub use merge::{LowRank, Matrix, Orientation, merge};
 pub use names::{AdapterPart, adapter_name, lora_a_name, lora_b_name, magnitude_name, parse_name};
 pub use target::{LinearModule, Target, linears, scale};

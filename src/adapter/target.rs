@@ -4,7 +4,7 @@ use std::collections::BTreeSet;
 
 use regex::Regex;
 
-use super::merge::Orientation;
+use super::merge::{Matrix, Orientation};
 use super::{AdapterConfig, AdapterError, TargetModules};
 use crate::model::{Alias, Role, Skeleton, SkeletonTensor};
 
@@ -44,6 +44,15 @@ pub struct Target {
     pub scale: f64,
 }
 
+impl Target {
+    /// The sizes of the base's weight.
+    #[must_use]
+    pub const fn matrix(&self) -> Matrix {
+        let Self { out_features, in_features, orientation, .. } = *self;
+        Matrix { out_features, in_features, orientation }
+    }
+}
+
 /// alpha / r, or alpha / sqrt(r) for rsLoRA.
 #[must_use]
 #[expect(clippy::cast_precision_loss, reason = "a rank is at most MAX_RANK")]
@@ -62,8 +71,12 @@ pub fn linears(skeleton: &Skeleton) -> Vec<LinearModule> {
             _ => return None,
         };
         let module = tensor.fqn.as_str().strip_suffix(".weight")?;
-        let &[out_features, in_features] = tensor.shape.0.as_slice() else { return None };
-        let orientation = Orientation::OutIn;
+        let &[rows, columns] = tensor.shape.0.as_slice() else { return None };
+        // GPT-2's linear layers are `Conv1D`, but for its head.
+        let (orientation, out_features, in_features) = match skeleton.architecture.name() {
+            "gpt2" if !head => (Orientation::InOut, columns, rows),
+            _ => (Orientation::OutIn, rows, columns),
+        };
         Some(LinearModule { module: module.to_owned(), out_features, in_features, head, tied: false, orientation })
     };
     let tied = |alias: &Alias| {

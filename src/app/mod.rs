@@ -2,6 +2,10 @@
 //!
 //! Owns: resolving a model, preparing a job, launching it, the demo. Refuses to know: flags and how results are printed.
 
+mod adapter_export;
+mod adapter_figure;
+mod adapter_merge;
+mod adapter_source;
 mod coordinate;
 pub mod demo;
 mod join;
@@ -11,7 +15,12 @@ mod prepare;
 mod running;
 mod source;
 mod train;
+mod weight_files;
 
+pub use adapter_export::{ExportError, Exported, export_adapter};
+pub use adapter_figure::{QuantizationFigure, recipe_code};
+pub use adapter_merge::{DEFAULT_SHARD_BYTES, MergeError, MergeRequest, Merged, merge_adapter};
+pub use adapter_source::{AdapterSource, AdapterSourceError, StepChoice};
 pub use coordinate::{CoordinateError, Coordinated, CoordinatorPlace, coordinate};
 pub use join::{CoordinatorAddress, join};
 pub use launch::{Audience, LaunchJob, LaunchJobError, Launched, launch};

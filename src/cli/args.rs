@@ -49,6 +49,12 @@ pub enum Command {
         #[command(subcommand)]
         command: ModelCommand,
     },
+    /// Export, merge or look at a LoRA adapter
+    Adapter {
+        /// What to do
+        #[command(subcommand)]
+        command: super::adapter::AdapterCommand,
+    },
     /// List, inspect, verify and prune checkpoints
     Checkpoint {
         /// What to do

@@ -2,6 +2,7 @@
 //!
 //! Owns: the commands and how results look. Refuses to know: how anything is done.
 
+mod adapter;
 mod args;
 mod bench;
 mod checkpoint;
@@ -48,6 +49,7 @@ pub fn main(arguments: impl Iterator<Item = std::ffi::OsString>) -> u8 {
         Command::Coordinator(flags) => coordinator::run(*flags),
         Command::Worker => worker::run(),
         Command::Plan(flags) => plan::run(&flags),
+        Command::Adapter { command } => adapter::run(&command),
         Command::Model { command } => model::run(&command),
         Command::Checkpoint { command } => checkpoint::run(&command),
         Command::Status(flags) => job::status(&flags),

@@ -11,8 +11,9 @@ use super::{HubConfig, HubError, ModelFiles, Progress};
 use crate::error::{Classify, Kind};
 
 /// Files beside the weights that loading, training and publishing use, where a repository has them.
-const COMPANIONS: [&str; 9] = [
+const COMPANIONS: [&str; 10] = [
     "config.json",
+    "adapter_config.json",
     "generation_config.json",
     "tokenizer.json",
     "tokenizer_config.json",
