@@ -414,8 +414,8 @@ pub struct JobFlags {
 /// `weightcast status`
 #[derive(Debug, Args)]
 pub struct StatusFlags {
+    /// Which job.
     #[command(flatten)]
-    #[expect(missing_docs, reason = "its fields have their own")]
     pub job: JobFlags,
     /// Print again every second until the job is over
     #[arg(long)]

@@ -130,7 +130,7 @@ impl<'a> Base<'a> {
     }
 
     fn tensors(&self, fqns: &[Fqn]) -> Vec<usize> {
-        fqns.iter().filter(|fqn| self.slots.contains_key(fqn)).filter_map(|fqn| self.index.get(fqn).copied()).collect()
+        fqns.iter().filter(|fqn| self.slots.contains_key(*fqn)).filter_map(|fqn| self.index.get(fqn).copied()).collect()
     }
 
     /// The components of `tensors`, whole: where they lie, or gathered from their owners in one collective.

@@ -230,7 +230,7 @@ impl Recipe {
         let against = |path: &mut PathBuf| *path = std::path::absolute(base.join(&*path)).unwrap_or_else(|_| base.join(&*path));
         self.tokenizer.iter_mut().for_each(against);
         self.lora.adapter.iter_mut().for_each(against);
-        self.data.paths_mut().for_each(against);
+        self.data.resolve(base);
     }
 
     /// Optimizer steps for `sequences` sequences of training data.

@@ -3,19 +3,17 @@
 //! Owns: setting a run up, fresh or from a checkpoint, and the checks that all ranks and the checkpoint mean the same run.
 //! Refuses to know: processes, RPC.
 
-use std::num::NonZeroU64;
 use std::path::{Path, PathBuf};
 
 use crate::adapter::AdapterConfig;
 use crate::comm::{Communicator, Group};
-use crate::data::{Dataset, Part as DataPart, Tokenizer};
+use crate::data::{Dataset, Split, Tokenizer};
 use crate::device::Device;
 use crate::load::{LoadOptions, load};
 use crate::manifest::TrainingState;
 use crate::model::Skeleton;
 use crate::nn::Decoder;
 use crate::plan::{LoadPlan, TrainPlan};
-use crate::recipe::order::Order;
 use crate::recipe::schedule::LearningRate;
 use crate::state::StateDict;
 use crate::store::LocalStore;
@@ -124,19 +122,19 @@ impl<'a> Setup<'a> {
             }),
         };
         let config = skeleton.config.as_ref().ok_or_else(|| bad("the model", "a known architecture", "bare tensors"))?;
-        let decoder = Decoder::new(config, &parameters.parameters, &device)?;
+        let decoder = Decoder::new(config, &parameters.parameters, device)?;
         let variables = (parameters.variables.clone(), &layout);
         let engine = Engine::new(decoder, base, variables, self.recipe.activation_checkpointing);
         let step = self.train.resumed.as_ref().map_or(0, |resumed| resumed.step.0);
         let training = self.training_state(base_digest, dataset.digest())?;
-        let sequences = dataset.sequences(DataPart::Train);
+        let sequences = dataset.sequences(Split::Train);
         let total_steps = self.recipe.total_steps(sequences);
         let reporter = self.reporter(step, total_steps)?;
         let elements = layout.elements();
         let mut run = Run {
             total_steps,
             rate: self.rate(total_steps),
-            order: self.order(sequences)?,
+            order: dataset.order(self.recipe.seed),
             dataset,
             layout,
             shards,
@@ -230,12 +228,6 @@ impl<'a> Setup<'a> {
             total_steps,
             min_ratio: optimizer.min_learning_rate_ratio,
         }
-    }
-
-    fn order(&self, sequences: u64) -> Result<Order, TrainError> {
-        let len = NonZeroU64::new(sequences).ok_or_else(|| bad("the training data", "a sequence", "none"))?;
-        let shuffle = self.recipe.data.shuffle;
-        Ok(if shuffle { Order::shuffled(self.recipe.seed, len) } else { Order::sequential(len) })
     }
 
     fn writer(&self, tell: Tell) -> Result<Option<Writer>, TrainError> {

@@ -5,14 +5,14 @@
 
 use std::ops::Range;
 
-use crate::data::{Dataset, Part as DataPart};
+use crate::data::{Dataset, Split};
 use crate::manifest::{BestEvaluation, TrainingState};
 use crate::metrics::EvaluationRecord;
 use crate::nn::{DropoutKey, Tokens};
 use crate::plan::f32Bits;
 use crate::recipe::order::Order;
 use crate::recipe::schedule::LearningRate;
-use crate::types::{Step, as_f64, as_u64};
+use crate::types::{Step, as_f64};
 
 use super::adamw::AdamW;
 use super::config::Recipe;
@@ -115,7 +115,7 @@ impl Run<'_, '_> {
                 continue;
             }
             let indices: Vec<u64> = samples.clone().map(|sample| self.order.sample(first + sample).1).collect();
-            let tokens = tokens(&self.dataset, DataPart::Train, &indices);
+            let tokens = tokens(&self.dataset, Split::Train, &indices);
             let dropout = DropoutKey { seed: self.recipe.seed, step: number, first_sample: samples.start };
             let part = self.engine.learn(&tokens, Some(dropout), &self.layout, &mut self.exchange)?;
             loss.nats += part.nats;
@@ -135,7 +135,7 @@ impl Run<'_, '_> {
                 loss: mean,
                 learning_rate,
                 gradient_norm,
-                tokens: self.recipe.batch_size * as_u64(self.dataset.sequence_length()),
+                tokens: self.recipe.batch_size * u64::from(self.recipe.data.sequence_length),
                 seconds: crate::clock::now().saturating_duration_since(started).as_secs_f64(),
             })?;
         }
@@ -223,7 +223,7 @@ impl Run<'_, '_> {
     }
 
     fn evaluate_if_due(&mut self) -> Result<Evaluated, TrainError> {
-        let sequences = self.dataset.sequences(DataPart::Evaluation);
+        let sequences = self.dataset.sequences(Split::Evaluation);
         if !self.evaluation_is_due() || sequences == 0 {
             return Ok(Evaluated::default());
         }
@@ -234,7 +234,7 @@ impl Run<'_, '_> {
                 self.engine.take_part(false, &mut self.exchange)?;
             } else {
                 let indices: Vec<u64> = samples.collect();
-                let tokens = tokens(&self.dataset, DataPart::Evaluation, &indices);
+                let tokens = tokens(&self.dataset, Split::Evaluation, &indices);
                 sum = self.engine.evaluate(&tokens, &mut self.exchange)?;
             }
             let agreed = self.agree(std::mem::take(&mut sum))?;
@@ -289,7 +289,7 @@ struct Evaluated {
     best: bool,
 }
 
-fn tokens(dataset: &Dataset, part: DataPart, indices: &[u64]) -> Tokens {
+fn tokens(dataset: &Dataset, part: Split, indices: &[u64]) -> Tokens {
     let batch = dataset.batch(part, indices);
     Tokens { ids: batch.ids, targets: batch.targets, starts: batch.starts, batch: batch.batch, seq: batch.sequence }
 }
