@@ -37,6 +37,17 @@ pub(in crate::nn) fn cross_entropy(
     targets: &[u32],
     wanted: Wanted,
 ) -> Result<Loss> {
+    in_chunks(x, (head, vocab), targets, wanted, (LOGITS / vocab).max(MIN_TOKENS))
+}
+
+/// As [`cross_entropy`], of `chunk` tokens at a time.
+pub(in crate::nn) fn in_chunks(
+    x: &Matrix,
+    (head, vocab): (View<'_>, usize),
+    targets: &[u32],
+    wanted: Wanted,
+    chunk: usize,
+) -> Result<Loss> {
     let hidden = x.columns();
     let counted: Vec<usize> =
         targets.iter().enumerate().filter(|(_, target)| **target != Tokens::IGNORED).map(|(row, _)| row).collect();
@@ -45,7 +56,7 @@ pub(in crate::nn) fn cross_entropy(
         input: wanted.input.then(|| Matrix::zeros(x.rows(), hidden)),
         head: wanted.head.then(|| Matrix::zeros(vocab, hidden)),
     };
-    for rows in counted.chunks((LOGITS / vocab).max(MIN_TOKENS)) {
+    for rows in counted.chunks(chunk) {
         let line = |row: usize| row * hidden..(row + 1) * hidden;
         let mut chunk = Vec::with_capacity(rows.len() * hidden);
         rows.iter().for_each(|&row| chunk.extend_from_slice(&x.data()[line(row)]));
