@@ -77,10 +77,12 @@ pub enum MergeError {
     #[error(transparent)]
     Adapter(#[from] AdapterSourceError),
     /// The base cannot be opened.
-    #[error("base model {base}: {source}")]
+    #[error("base model {base}{named}: {source}")]
     Base {
         /// The reference.
         base: String,
+        /// Who named it, where that was the adapter.
+        named: &'static str,
         /// The reason.
         source: SourceError,
     },
@@ -166,7 +168,8 @@ pub fn merge_adapter(
     progress: &dyn Fn(Progress<'_>),
 ) -> Result<Merged, MergeError> {
     let base = base_reference(request)?;
-    let model = open_base(&base, progress)?;
+    let named = if request.base.is_some() { "" } else { " (named by the adapter; --base names another)" };
+    let model = open_base(&base, named, progress)?;
     let adapter = request.adapter.read(&linears(&model.skeleton))?;
     let modules: BTreeMap<Fqn, &LoadedModule> =
         adapter.modules.iter().map(|module| (format!("{}.weight", module.target.module).into(), module)).collect();
@@ -209,13 +212,13 @@ fn base_reference(request: &MergeRequest<'_>) -> Result<String, MergeError> {
     }
 }
 
-fn open_base(base: &str, progress: &dyn Fn(Progress<'_>)) -> Result<ModelSource, MergeError> {
+fn open_base(base: &str, named: &'static str, progress: &dyn Fn(Progress<'_>)) -> Result<ModelSource, MergeError> {
     let quantized = |format: &str| MergeError::Quantized { base: base.to_owned(), format: format.to_owned() };
     let model = open_model(base, progress).map_err(|source| match source {
         SourceError::Keys { source, .. } if source.prequantized.is_some() => {
             quantized(source.prequantized.unwrap_or_default())
         }
-        source => MergeError::Base { base: base.to_owned(), source },
+        source => MergeError::Base { base: base.to_owned(), named, source },
     })?;
     if let Some(method) = model.skeleton.config.as_ref().and_then(|config| config.quant_method.as_deref()) {
         return Err(quantized(method));
