@@ -339,6 +339,8 @@ pub enum ModelCommand {
         /// Where to write it
         directory: PathBuf,
     },
+    /// Compute logits, and the gradients of an adapter, to check that a model is computed right
+    Forward(Box<super::forward::ForwardFlags>),
 }
 
 fn parse_architecture(text: &str) -> Result<Architecture, String> {

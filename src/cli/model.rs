@@ -9,6 +9,7 @@ use crate::types::DType;
 pub(super) fn run(command: &ModelCommand) -> u8 {
     match command {
         ModelCommand::Inspect { model, json } => show(model, *json),
+        ModelCommand::Forward(flags) => super::forward::run(flags),
         ModelCommand::New { arch, params, dtype, seed, directory } => {
             let parameters = match parse_parameters(params) {
                 Ok(parameters) => parameters,
