@@ -67,7 +67,7 @@ impl Run {
 fn losses(place: &Place, directory: &str) -> Vec<(u64, f64)> {
     records(place, directory)
         .iter()
-        .filter(|record| record["type"] == "step")
+        .filter(|record| record["kind"] == "step")
         .map(|record| (record["step"].as_u64().expect("a step"), record["loss"].as_f64().expect("a loss")))
         .collect()
 }

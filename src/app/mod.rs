@@ -8,6 +8,7 @@ mod adapter_merge;
 mod adapter_source;
 mod coordinate;
 pub mod demo;
+mod forward;
 mod join;
 mod launch;
 mod model_directory;
@@ -27,6 +28,7 @@ pub use adapter_figure::{QuantizationFigure, recipe_code};
 pub use adapter_merge::{DEFAULT_SHARD_BYTES, MergeError, MergeRequest, Merged, merge_adapter};
 pub use adapter_source::{AdapterSource, AdapterSourceError, StepChoice};
 pub use coordinate::{CoordinateError, Coordinated, CoordinatorPlace, coordinate};
+pub use forward::{ForwardError, ForwardRequest, Forwarded, forward};
 pub use join::{CoordinatorAddress, join};
 pub use launch::{Audience, LaunchJob, LaunchJobError, Launched, launch};
 pub use model_directory::{

@@ -376,6 +376,8 @@ pub enum ModelCommand {
         #[arg(long)]
         json: bool,
     },
+    /// Compute logits, and the gradients of an adapter, to check that a model is computed right
+    Forward(Box<super::forward::ForwardFlags>),
 }
 
 fn parse_architecture(text: &str) -> Result<Architecture, String> {

@@ -9,6 +9,7 @@ mod checkpoint;
 mod coordinator;
 mod demo;
 mod devices;
+mod forward;
 mod job;
 mod launch;
 mod model;

@@ -15,6 +15,7 @@ use crate::types::DType;
 pub(super) fn run(command: &ModelCommand) -> u8 {
     match command {
         ModelCommand::Inspect { model, json } => show(model, *json),
+        ModelCommand::Forward(flags) => super::forward::run(flags),
         ModelCommand::New { arch, params, preset, dtype, seed, directory } => {
             let Ok(dtype) = dtype.parse::<DType>() else {
                 say(&format!("error: --dtype: expected bfloat16, float16 or float32, found {dtype:?}"));

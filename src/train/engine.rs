@@ -98,15 +98,30 @@ impl<'a> Engine<'a> {
 
     /// Forward only.
     pub(super) fn evaluate(&mut self, tokens: &Tokens, exchange: &mut Exchange<'_>) -> Result<LossSum, TrainError> {
+        let values = self.activations(tokens, exchange)?;
+        self.fill_head(exchange)?;
+        let (loss, tokens) = self.decoder.loss(&values, tokens)?;
+        self.base.clear(self.decoder.head_tensors());
+        Ok(LossSum { nats: loss.to_scalar()?, tokens })
+    }
+
+    /// Forward only: the logits, f32 `[batch * seq, vocab]` row-major.
+    pub(super) fn logits(&mut self, tokens: &Tokens, exchange: &mut Exchange<'_>) -> Result<Vec<f32>, TrainError> {
+        let values = self.activations(tokens, exchange)?;
+        self.fill_head(exchange)?;
+        let logits = self.decoder.logits(&values)?;
+        self.base.clear(self.decoder.head_tensors());
+        Ok(logits.flatten_all()?.to_vec1()?)
+    }
+
+    /// The last block's output, without a graph.
+    fn activations(&mut self, tokens: &Tokens, exchange: &mut Exchange<'_>) -> Result<Tensor, TrainError> {
         let pass = self.decoder.pass(tokens, None)?;
         let mut values = self.embed(tokens, exchange)?.detach();
         for block in 0..self.decoder.blocks() {
             values = self.block(block, &values, &pass, exchange)?.detach();
         }
-        self.fill_head(exchange)?;
-        let (loss, tokens) = self.decoder.loss(&values, tokens)?;
-        self.base.clear(self.decoder.head_tensors());
-        Ok(LossSum { nats: loss.to_scalar()?, tokens })
+        Ok(values)
     }
 
     /// Makes the collective calls of [`Self::learn`] (or of [`Self::evaluate`]) and computes nothing (`TR-1`).

@@ -263,7 +263,8 @@ impl Run<'_, '_> {
         let best_step = training.best.map(|best| best.step.0);
         if let Some(reporter) = &mut self.reporter {
             let perplexity = f64::from(loss).exp();
-            reporter.evaluation(&EvaluationRecord { step: self.step, loss, perplexity, tokens, best }, best_step)?;
+            let (step, mean) = (self.step, f64::from(loss));
+            reporter.evaluation(&EvaluationRecord { step, loss: mean, perplexity, tokens, best }, (loss, best_step))?;
         }
         Ok(Evaluated { stop: false, best })
     }
