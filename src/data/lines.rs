@@ -111,6 +111,8 @@ impl Lines {
 
 #[cfg(test)]
 mod tests {
+    #![expect(clippy::disallowed_methods, reason = "the tests write the files that they read")]
+
     use super::*;
 
     fn lines(content: &[u8], limit_bytes: u64) -> Vec<(u64, u64, Option<String>)> {

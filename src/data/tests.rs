@@ -1,4 +1,5 @@
 //! Reading, masks and packing, against the Python tokenizers library, by hand, and over random documents.
+#![expect(clippy::disallowed_methods, reason = "the tests write the files that they read")]
 
 use std::collections::BTreeSet;
 use std::path::{Path, PathBuf};

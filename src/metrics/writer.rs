@@ -196,6 +196,8 @@ fn wall_time() -> f64 {
 
 #[cfg(test)]
 mod tests {
+    #![expect(clippy::disallowed_methods, reason = "the tests write the files that they read")]
+
     use super::*;
 
     fn record(step: u64, loss: f64) -> StepRecord {
