@@ -42,8 +42,8 @@ impl Run {
             {extra}
             [train.data]
             train = "{DATA}"
-            sequence-length = 64
-            evaluation-fraction = 0.05
+            sequence-length = 32
+            evaluation-fraction = 0.02
             [train.lora]
             r = 4
             dropout = 0.1

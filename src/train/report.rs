@@ -94,7 +94,11 @@ impl Reporter {
         }
     }
 
-    pub(super) fn evaluation(&mut self, record: &EvaluationRecord, (loss, best): (f32, Option<u64>)) -> Result<(), TrainError> {
+    pub(super) fn evaluation(
+        &mut self,
+        record: &EvaluationRecord,
+        (loss, best): (f32, Option<u64>),
+    ) -> Result<(), TrainError> {
         let note = if record.best { "  best" } else { "" };
         tracing::info!(
             "evaluation after step {}: loss {:.4}, perplexity {:.2}, {} tokens{note}",
