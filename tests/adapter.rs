@@ -117,7 +117,7 @@ fn training(best: Option<u64>, base: &str) -> TrainingState {
     let mut config: Value = serde_json::from_slice(&config).expect("JSON");
     config["base_model_name_or_path"] = Value::Null;
     TrainingState {
-        recipe: json!({"quantization": {"format": "nf4", "double": true}}),
+        recipe: json!({"base-quantization": "nf4"}),
         adapter: Some(config),
         base_model: base.to_owned(),
         base_digest: String::new(),
