@@ -109,7 +109,9 @@ impl Skeleton {
         let buffer = self.buffers.iter().any(|buffer| buffer.fqn.as_str() == name);
         let old_buffer = self.architecture != Architecture::Generic
             && (name.ends_with(".rotary_emb.inv_freq") || name.ends_with("embeddings.position_ids"));
-        buffer || old_buffer || self.dropped.iter().any(|head| name.starts_with(head))
+        let causal_mask = self.architecture == Architecture::Gpt2
+            && (name.ends_with(".attn.bias") || name.ends_with(".attn.masked_bias"));
+        buffer || old_buffer || causal_mask || self.dropped.iter().any(|head| name.starts_with(head))
     }
 }
 

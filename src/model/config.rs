@@ -23,6 +23,7 @@ pub enum Architecture {
     Mistral,
     Qwen2,
     Qwen3,
+    Gpt2,
     Bert,
     /// Any set of tensors, taken as it is.
     Generic,
@@ -37,6 +38,7 @@ impl Architecture {
             Self::Mistral => "mistral",
             Self::Qwen2 => "qwen2",
             Self::Qwen3 => "qwen3",
+            Self::Gpt2 => "gpt2",
             Self::Bert => "bert",
             Self::Generic => "generic",
         }
@@ -94,7 +96,7 @@ pub struct ModelConfig {
     pub type_vocab_size: u64,
     /// Whether the head is the embedding.
     pub tie_word_embeddings: bool,
-    /// Rotary position embedding; absent for BERT.
+    /// Rotary position embedding; absent for BERT and GPT-2.
     pub rope: Option<RopeParameters>,
     /// Epsilon of the norms.
     pub norm_eps: f64,
@@ -104,6 +106,8 @@ pub struct ModelConfig {
     pub mlp_bias: bool,
     /// Positions that attention looks back, where it is limited.
     pub sliding_window: Option<u64>,
+    /// The first layer whose attention is limited to the window.
+    pub first_window_layer: u32,
     /// The activation, such as `silu`.
     pub hidden_act: String,
     /// The element type that the weights were saved in, if the text says so.
@@ -113,7 +117,7 @@ pub struct ModelConfig {
 }
 
 /// Architecture names of transformers, each with family and head.
-const KNOWN: [(&str, Architecture, ModelHead); 12] = [
+const KNOWN: [(&str, Architecture, ModelHead); 14] = [
     ("LlamaForCausalLM", Architecture::Llama, ModelHead::CausalLm),
     ("LLaMAForCausalLM", Architecture::Llama, ModelHead::CausalLm),
     ("LlamaModel", Architecture::Llama, ModelHead::Base),
@@ -123,6 +127,8 @@ const KNOWN: [(&str, Architecture, ModelHead); 12] = [
     ("Qwen2Model", Architecture::Qwen2, ModelHead::Base),
     ("Qwen3ForCausalLM", Architecture::Qwen3, ModelHead::CausalLm),
     ("Qwen3Model", Architecture::Qwen3, ModelHead::Base),
+    ("GPT2LMHeadModel", Architecture::Gpt2, ModelHead::CausalLm),
+    ("GPT2Model", Architecture::Gpt2, ModelHead::Base),
     ("BertModel", Architecture::Bert, ModelHead::Base),
     ("BertForMaskedLM", Architecture::Bert, ModelHead::MaskedLm),
     ("BertForPreTraining", Architecture::Bert, ModelHead::PreTraining),
@@ -153,6 +159,18 @@ struct Raw {
     mlp_bias: Option<bool>,
     sliding_window: Option<u64>,
     use_sliding_window: Option<bool>,
+    max_window_layers: Option<u32>,
+    layer_types: Option<Vec<String>>,
+    n_embd: Option<u64>,
+    n_layer: Option<u64>,
+    n_head: Option<u64>,
+    n_positions: Option<u64>,
+    n_ctx: Option<u64>,
+    n_inner: Option<u64>,
+    activation_function: Option<String>,
+    layer_norm_epsilon: Option<f64>,
+    scale_attn_weights: Option<bool>,
+    scale_attn_by_inverse_layer_idx: Option<bool>,
     hidden_act: Option<String>,
     dtype: Option<String>,
     torch_dtype: Option<String>,
@@ -171,8 +189,12 @@ impl ModelConfig {
     /// # Errors
     /// [`ModelError`], naming the field.
     pub fn parse(config_json: &[u8]) -> Result<Self, ModelError> {
-        let raw: Raw = serde_json::from_slice(config_json)?;
+        let mut raw: Raw = serde_json::from_slice(config_json)?;
         let (architecture, head) = raw.architecture()?;
+        let gpt2 = architecture == Architecture::Gpt2;
+        if gpt2 {
+            raw.name_as_others_do()?;
+        }
         let bert = architecture == Architecture::Bert;
         let size = |field, value: Option<u64>| within(field, value, MAX_DIM);
         let hidden_size = size("hidden_size", raw.hidden_size)?;
@@ -204,16 +226,23 @@ impl ModelConfig {
             vocab_size: size("vocab_size", raw.vocab_size)?,
             max_position_embeddings: max_positions,
             type_vocab_size: if bert { size("type_vocab_size", raw.type_vocab_size.or(Some(2)))? } else { 0 },
-            tie_word_embeddings: raw.tie_word_embeddings.unwrap_or(bert),
-            rope: if bert { None } else { Some(raw.rope(head_dim, max_positions)?) },
+            tie_word_embeddings: raw.tie_word_embeddings.unwrap_or(bert || gpt2),
+            rope: if bert || gpt2 { None } else { Some(raw.rope(head_dim, max_positions)?) },
             norm_eps: if bert { raw.layer_norm_eps.unwrap_or(1e-12) } else { raw.rms_norm_eps.unwrap_or(1e-6) },
             attention_bias: raw.attention_bias(architecture),
-            mlp_bias: bert || (architecture == Architecture::Llama && raw.mlp_bias.unwrap_or(false)),
+            mlp_bias: bert || gpt2 || (architecture == Architecture::Llama && raw.mlp_bias.unwrap_or(false)),
             sliding_window: raw.sliding_window(architecture),
+            first_window_layer: raw.first_window_layer(architecture)?,
             hidden_act: text(&raw.hidden_act, if bert { "gelu" } else { "silu" }),
             dtype: raw.dtype.or(raw.torch_dtype).and_then(|name| name.parse().ok()),
             quant_method: raw.quantization_config.and_then(|quantization| quantization.quant_method),
         })
+    }
+
+    /// Positions that attention in `layer` looks back, where it is limited.
+    #[must_use]
+    pub fn window_of(&self, layer: u32) -> Option<u64> {
+        self.sliding_window.filter(|_| layer >= self.first_window_layer)
     }
 
     /// Rows of the query projection.
@@ -266,10 +295,48 @@ impl Raw {
     fn attention_bias(&self, architecture: Architecture) -> AttentionBias {
         match architecture {
             Architecture::Qwen2 => AttentionBias::Qkv,
-            Architecture::Bert => AttentionBias::All,
+            Architecture::Bert | Architecture::Gpt2 => AttentionBias::All,
             Architecture::Llama | Architecture::Qwen3 if self.attention_bias == Some(true) => AttentionBias::All,
             _ => AttentionBias::None,
         }
+    }
+
+    /// GPT-2's fields under the names that the other families have, with its defaults.
+    fn name_as_others_do(&mut self) -> Result<(), ModelError> {
+        let unusual = [
+            ("scale_attn_weights", self.scale_attn_weights, true),
+            ("scale_attn_by_inverse_layer_idx", self.scale_attn_by_inverse_layer_idx, false),
+        ];
+        for (field, value, usual) in unusual {
+            if value.is_some_and(|value| value != usual) {
+                return Err(ModelError::Unsupported { field, expected: usual, found: !usual });
+            }
+        }
+        self.hidden_size = self.n_embd.or(self.hidden_size);
+        self.num_hidden_layers = self.n_layer.or(self.num_hidden_layers);
+        self.num_attention_heads = self.n_head.or(self.num_attention_heads);
+        self.num_key_value_heads = None;
+        self.head_dim = None;
+        let hidden = self.hidden_size.unwrap_or(0);
+        self.intermediate_size = self.n_inner.or_else(|| hidden.checked_mul(4));
+        let positions = self.n_positions.or(self.n_ctx).or(self.max_position_embeddings);
+        self.max_position_embeddings = Some(positions.unwrap_or(1024));
+        self.rms_norm_eps = Some(self.layer_norm_epsilon.unwrap_or(1e-5));
+        self.hidden_act = Some(self.activation_function.take().unwrap_or_else(|| "gelu_new".to_owned()));
+        Ok(())
+    }
+
+    /// `layer_types` (transformers 5), else `max_window_layers`: Qwen's first layers see everything, the others a window.
+    fn first_window_layer(&self, architecture: Architecture) -> Result<u32, ModelError> {
+        if !matches!(architecture, Architecture::Qwen2 | Architecture::Qwen3) {
+            return Ok(0);
+        }
+        let Some(types) = &self.layer_types else { return Ok(self.max_window_layers.unwrap_or(28)) };
+        let full = types.iter().take_while(|name| *name == "full_attention").count();
+        if types.iter().skip(full).any(|name| name != "sliding_attention") {
+            return Err(ModelError::LayerTypes);
+        }
+        Ok(u32::try_from(full).unwrap_or(u32::MAX))
     }
 
     /// Qwen writes a window that holds only where `use_sliding_window` is true; Mistral's always holds.

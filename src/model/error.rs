@@ -52,6 +52,21 @@ pub enum ModelError {
         /// Its value.
         divisor: u64,
     },
+    /// A switch of GPT-2 that changes its attention, which this build does not follow.
+    #[error("config.json: {field}: expected {expected}, found {found}")]
+    Unsupported {
+        /// The field's name.
+        field: &'static str,
+        /// The value that is followed.
+        expected: bool,
+        /// The value.
+        found: bool,
+    },
+    /// Layers with and without a window alternate.
+    #[error(
+        "config.json: layer_types: expected full_attention first and sliding_attention after it, found another order"
+    )]
+    LayerTypes,
     /// The rotary embedding is of a kind that this build cannot compute.
     #[error("unknown rope_type {found:?}; known are default, linear, dynamic, yarn and llama3")]
     UnknownRope {

@@ -20,7 +20,7 @@ const MAX_PARAMETERS: u64 = 1_000_000_000_000;
 /// What model to make.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub struct GenerateRequest {
-    /// The family; not [`Architecture::Generic`].
+    /// The family; neither [`Architecture::Gpt2`] nor [`Architecture::Generic`].
     pub architecture: Architecture,
     /// About how many parameters.
     pub parameters: u64,
@@ -54,7 +54,7 @@ pub enum GenerateError {
         /// The type.
         found: DType,
     },
-    /// The family has no layers of its own.
+    /// The family has no layers of its own, or its sizes are not chosen here.
     #[error("architecture: expected llama, mistral, qwen2, qwen3 or bert, found {found}")]
     Architecture {
         /// The family's name.
@@ -141,7 +141,7 @@ pub fn generate(request: &GenerateRequest) -> Result<NewModel, GenerateError> {
     if !(MIN_PARAMETERS..=MAX_PARAMETERS).contains(&found) {
         return Err(GenerateError::Parameters { found });
     }
-    if request.architecture == Architecture::Generic {
+    if matches!(request.architecture, Architecture::Generic | Architecture::Gpt2) {
         return Err(GenerateError::Architecture { found: request.architecture.name() });
     }
     let values = Values::new(request.dtype, request.seed).ok_or(GenerateError::DType { found: request.dtype })?;

@@ -16,6 +16,7 @@ mod decoder;
 mod error;
 mod fill;
 mod generate;
+mod gpt2;
 mod inspect;
 mod rope;
 mod size;

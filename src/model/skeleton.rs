@@ -4,7 +4,7 @@ use serde::{Deserialize, Serialize};
 
 use super::config::{Architecture, ModelConfig};
 use super::rope::RopeParameters;
-use super::{ModelError, bert, decoder};
+use super::{ModelError, bert, decoder, gpt2};
 use crate::format::ModelIndex;
 use crate::types::{Fqn, Shape};
 
@@ -15,7 +15,7 @@ use crate::types::{Fqn, Shape};
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Hash, Serialize, Deserialize)]
 #[serde(rename_all = "kebab-case")]
 pub enum Role {
-    /// The matrix of a linear layer, `[out, in]`.
+    /// The matrix of a linear layer, `[out, in]`; in GPT-2 `[in, out]`.
     Linear,
     /// A table that is looked up.
     Embedding,
@@ -137,6 +137,7 @@ impl Skeleton {
     pub fn new(config: ModelConfig) -> Self {
         match config.architecture {
             Architecture::Bert => bert::skeleton(config),
+            Architecture::Gpt2 => gpt2::skeleton(config),
             _ => decoder::skeleton(config),
         }
     }

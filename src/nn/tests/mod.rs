@@ -1,0 +1,4 @@
+//! The models against transformers and PEFT, the operations against compositions and finite differences.
+
+mod models;
+mod support;
