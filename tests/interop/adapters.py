@@ -1,7 +1,7 @@
 #!/usr/bin/env python3
 """Adapters between us, PEFT and transformers.
 
-    peft.py --binary weightcast --model tests/data/tiny-llama --work DIR
+    adapters.py --binary weightcast --model tests/data/tiny-llama --work DIR
 
 merge: PEFT makes an adapter (LoRA, rsLoRA, DoRA, both; on Llama and on GPT-2) with seeded random A, B and magnitude and saves
 it; we merge it; transformers loads our model, whose weights and logits must be those of PEFT's own `merge_and_unload`, and its
