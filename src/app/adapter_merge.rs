@@ -10,6 +10,8 @@ use serde_json::Value;
 
 use super::adapter_figure::{Figure, QuantizationFigure};
 use super::adapter_source::{AdapterSource, AdapterSourceError, narrow, widen};
+use super::model_directory::{plan_merged, write_meta};
+use super::model_directory_error::DirectoryError;
 use super::source::{ModelSource, SourceError, open_model};
 use super::weight_files::{OutputTensor, WeightFiles};
 use crate::adapter::{AdapterError, LoadedModule, linears, merge};
@@ -106,6 +108,9 @@ pub enum MergeError {
     /// Storage failed.
     #[error(transparent)]
     Store(#[from] StoreError),
+    /// The output's name says another size, or the base's record does not hold.
+    #[error(transparent)]
+    Directory(#[from] DirectoryError),
     /// The arithmetic was given what does not fit.
     #[error("tensor {fqn}: {source}")]
     Arithmetic {
@@ -148,6 +153,7 @@ impl Classify for MergeError {
             Self::Adapter(source) => source.kind(),
             Self::Base { source, .. } => source.kind(),
             Self::Store(source) => source.kind(),
+            Self::Directory(source) => source.kind(),
             Self::Arithmetic { source, .. } => source.kind(),
             Self::Convert { source, .. } => source.kind(),
             Self::NoBase { .. } | Self::Quantized { .. } | Self::NotFinite { .. } | Self::Config { .. } => {
@@ -174,6 +180,7 @@ pub fn merge_adapter(
     let modules: BTreeMap<Fqn, &LoadedModule> =
         adapter.modules.iter().map(|module| (format!("{}.weight", module.target.module).into(), module)).collect();
 
+    let meta = plan_merged(&model.root, (output, &model.skeleton), (&request.adapter.place, &adapter.config))?;
     let files = WeightFiles::sharded(outputs(&model, request.dtype), request.max_file_bytes);
     let from = LocalStore::new(&model.root);
     let to = LocalStore::new(output);
@@ -188,6 +195,10 @@ pub fn merge_adapter(
         write_small(&to, "model.safetensors.index.json", index.as_bytes())?;
     }
     copy_companions(&from, &to)?;
+    if let Some(meta) = meta {
+        write_meta(&to, &meta)?;
+        to.create_dir("adapters")?;
+    }
     if let Some(config) = &model.config_json {
         write_small(&to, "config.json", config_with_dtype(&from, config, request.dtype)?.as_bytes())?;
     }
