@@ -8,8 +8,9 @@ use std::path::Path;
 
 use serde::{Deserialize, Serialize};
 
+use super::adapter_source::AdapterSource;
 use super::model_directory_error::DirectoryError;
-use crate::adapter::{AdapterConfig, TargetModules};
+use crate::adapter::{AdapterConfig, TargetModules, linears};
 use crate::model::{Role, Skeleton, parse_parameters};
 use crate::store::{LocalStore, Store, StoreError, read_small, write_small};
 
@@ -154,8 +155,8 @@ pub(super) fn check_size(name: &ModelName, skeleton: &Skeleton) -> Result<(), Di
     if near(parameters) || (!skeleton.aliases.is_empty() && near(parameters.saturating_add(head))) {
         return Ok(());
     }
-    let what = format!("its size is {}, but the model has {parameters} parameters", name.size);
-    Err(DirectoryError::Name { name: name.to_string(), what })
+    let (expected, found) = (name.size.clone(), format!("{parameters} parameters"));
+    Err(DirectoryError::Size { name: name.to_string(), expected, found })
 }
 
 /// Writes `export_meta.json` into a directory without one.
@@ -214,7 +215,7 @@ pub fn list_models(root: &Path) -> Result<Vec<ListedModel>, DirectoryError> {
 
 /// A directory is a model's when it has a record, a configuration or adapters.
 fn read_model(store: &LocalStore, directory: &str, name: ModelName) -> Result<Option<ListedModel>, DirectoryError> {
-    if !root_is_directory(&store.root().join(directory)) {
+    if !is_directory(&store.root().join(directory)) {
         return Ok(None);
     }
     let names = store.list(directory)?;
@@ -223,11 +224,13 @@ fn read_model(store: &LocalStore, directory: &str, name: ModelName) -> Result<Op
         return Ok(None);
     }
     let meta = read_meta(store, directory)?;
-    let mut parameters = meta.as_ref().map(|meta| meta.parameters);
-    if parameters.is_none() && has("config.json") {
+    let mut skeleton = None;
+    if has("config.json") {
         let config = read_small(store, &join(directory, "config.json"), MAX_CONFIG_BYTES)?;
-        parameters = Skeleton::from_config(&config).ok().map(|skeleton| skeleton.parameters());
+        skeleton = Skeleton::from_config(&config).ok();
     }
+    let parameters = meta.as_ref().map(|meta| meta.parameters);
+    let parameters = parameters.or_else(|| skeleton.as_ref().map(Skeleton::parameters));
     let by_name = || match name.training_type.as_str() {
         "lora" | "qlora" | "dora" => Stage::Lora,
         "merged" => Stage::Merged,
@@ -240,19 +243,33 @@ fn read_model(store: &LocalStore, directory: &str, name: ModelName) -> Result<Op
     if has("adapters") {
         for adapter in store.list(&adapters_directory)? {
             let path = join(&adapters_directory, &adapter);
-            if root_is_directory(&store.root().join(&path))
+            if is_directory(&store.root().join(&path))
                 && store.list(&path)?.iter().any(|name| name == "adapter_config.json")
             {
                 adapters.push(adapter);
             }
         }
     }
+    if let Some(skeleton) = &skeleton {
+        adapters_fit(&store.root().join(&adapters_directory), &adapters, skeleton)?;
+    }
     let history = meta.map_or_else(Vec::new, |meta| meta.history);
     let directory = directory.to_owned();
     Ok(Some(ListedModel { directory, name, parameters, stage, history, adapters }))
 }
 
-fn root_is_directory(path: &Path) -> bool {
+/// That adapters are of the model that they lie with, and not of one of another size.
+fn adapters_fit(directory: &Path, adapters: &[String], skeleton: &Skeleton) -> Result<(), DirectoryError> {
+    let modules = linears(skeleton);
+    for adapter in adapters {
+        let path = directory.join(adapter).display().to_string();
+        let fits = AdapterSource::open_peft(&path, &|_| {}).and_then(|source| source.check(&modules));
+        fits.map_err(|source| DirectoryError::Adapter { source: Box::new(source) })?;
+    }
+    Ok(())
+}
+
+fn is_directory(path: &Path) -> bool {
     path.is_dir()
 }
 
@@ -299,8 +316,13 @@ pub fn lifecycle(directory: &Path) -> Result<Lifecycle, DirectoryError> {
         });
     }
     let at = |stage: Stage| {
-        let reached =
-            |model: &&ListedModel| model.stage == stage || model.history.iter().any(|entry| entry.stage == stage);
+        // A single model shows its whole life; among several each stands where it is, and what is deployed was merged.
+        let lived = |model: &ListedModel| model.history.iter().any(|entry| entry.stage == stage);
+        let reached = |model: &&ListedModel| {
+            model.stage == stage
+                || (stage == Stage::Merged && model.stage == Stage::Deployed)
+                || (models.len() == 1 && lived(model))
+        };
         let mut found: Vec<String> = models.iter().filter(reached).map(|model| model.directory.clone()).collect();
         if stage == Stage::Lora {
             let of = |model: &ListedModel| {

@@ -1,5 +1,6 @@
 //! Why a PyTorch checkpoint cannot be read, and a model directory not written or shown.
 
+use super::adapter_source::AdapterSourceError;
 use crate::error::{Classify, Kind};
 use crate::model::ModelError;
 use crate::store::StoreError;
@@ -92,6 +93,22 @@ pub enum DirectoryError {
         /// Which part is wrong.
         what: String,
     },
+    /// A name says another size than the model has.
+    #[error("model directory {name}: expected a model of {expected}, found {found}")]
+    Size {
+        /// The name.
+        name: String,
+        /// The name's size.
+        expected: String,
+        /// The model's size.
+        found: String,
+    },
+    /// An adapter does not fit the model that it lies with.
+    #[error(transparent)]
+    Adapter {
+        /// Which, and what does not fit.
+        source: Box<AdapterSourceError>,
+    },
     /// Models of different sizes are in one directory.
     #[error(
         "{directory}: sizes are mixed: {first} is of {first_size}, {other} of {other_size}; give each size a directory"
@@ -138,7 +155,8 @@ impl Classify for DirectoryError {
     fn kind(&self) -> Kind {
         match self {
             Self::Store(source) => source.kind(),
-            Self::Name { .. } | Self::Stage { .. } | Self::MixedSizes { .. } => Kind::Invalid,
+            Self::Adapter { source } => source.kind(),
+            Self::Name { .. } | Self::Size { .. } | Self::Stage { .. } | Self::MixedSizes { .. } => Kind::Invalid,
             Self::Meta { .. } => Kind::Corrupt,
             Self::None { .. } => Kind::NotFound,
         }

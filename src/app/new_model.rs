@@ -55,8 +55,8 @@ pub fn new_preset(preset: Preset, dtype: DType, seed: u64, directory: &Path) -> 
     let model = generate_preset(preset, dtype, seed)?;
     if let Ok(name) = ModelName::of(directory) {
         if name.size != preset.name() {
-            let what = format!("the preset is {preset}");
-            return Err(DirectoryError::Name { name: name.to_string(), what }.into());
+            let (expected, found) = (name.size.clone(), preset.to_string());
+            return Err(DirectoryError::Size { name: name.to_string(), expected, found }.into());
         }
         let store = LocalStore::new(directory);
         store.create_dir("adapters")?;
