@@ -158,9 +158,9 @@ fn a_checkpoint_is_exported_as_pefts_files() {
     place.finish(&[&flags[..], &["--step", "3", "--output", &half, "--dtype", "bfloat16"]].concat());
     for (name, tensor) in tensors(format!("{half}/adapter_model.safetensors")) {
         assert_eq!(tensor.0, "BF16");
-        // Eight bits of precision: half a unit in the last place is 2^-9 of the value.
+        // Eight bits of precision: half a unit in the last place is at most 2^-8 of the value.
         for (value, exact) in f32s(&tensor).iter().zip(f32s(&adapter[&name])) {
-            assert!((value - exact).abs() <= exact.abs() / 512.0, "{name}: {value} {exact}");
+            assert!((value - exact).abs() <= exact.abs() / 256.0, "{name}: {value} {exact}");
         }
     }
 }
