@@ -65,6 +65,7 @@ fn save(root: &str, step: u64, adapter: &BTreeMap<String, Stored>, training: Opt
     let moments = adapter.iter().map(|(name, tensor)| (format!("optimizer.exp_avg.{name}"), tensor.clone()));
     let all: Vec<(String, Stored)> = adapter.clone().into_iter().chain(moments).collect();
     let planned = |(name, (_, shape, _)): &(String, Stored)| TensorPlan {
+        owner: None,
         fqn: name.as_str().into(),
         shape: Shape(shape.clone()),
         encoding: Encoding::Plain { dtype: DType::F32 },
@@ -73,6 +74,7 @@ fn save(root: &str, step: u64, adapter: &BTreeMap<String, Stored>, training: Opt
         input: Input::Stored { parts: Vec::new(), nested_offset: None },
     };
     let plan = LoadPlan {
+        train: None,
         version: PLAN_VERSION,
         model: "tiny-llama".to_owned(),
         config_json: None,
@@ -117,6 +119,7 @@ fn training(best: Option<u64>, base: &str) -> TrainingState {
     let mut config: Value = serde_json::from_slice(&config).expect("JSON");
     config["base_model_name_or_path"] = Value::Null;
     TrainingState {
+        data_digest: String::new(),
         recipe: json!({"base-quantization": "nf4"}),
         adapter: Some(config),
         base_model: base.to_owned(),
