@@ -1,5 +1,5 @@
 //! Training in real processes: any number of ranks and any placement gives the same losses; a run that is killed or told
-//! to end goes on exactly.
+//! to end goes on exactly. Seeds are constants of each test.
 #![expect(clippy::disallowed_methods, reason = "a black-box test has its own clock and files")]
 
 #[expect(dead_code, reason = "each test file uses its part")]
@@ -12,6 +12,9 @@ use serde_json::Value;
 use support::{MODEL, Place, Random, signal, until};
 
 const DATA: &str = concat!(env!("CARGO_MANIFEST_DIR"), "/tests/data/devils-dictionary.jsonl");
+
+/// Debug builds compute slowly, and tests share the processors.
+const LONG: Duration = Duration::from_secs(600);
 
 /// A small run, as a job file.
 struct Run {
@@ -48,7 +51,7 @@ impl Run {
             r = 4
             dropout = 0.1
             [train.optimizer]
-            learning-rate = 1e-3
+            learning-rate = 5e-3
             warmup-steps = 4
             [train.evaluation]
             every-steps = {evaluate}
@@ -103,7 +106,7 @@ fn launch(ranks: u32, job: &str) -> Vec<String> {
 fn finish(place: &Place, ranks: u32, job: &str) {
     let arguments = launch(ranks, job);
     let arguments: Vec<&str> = arguments.iter().map(String::as_str).collect();
-    let ended = place.run(&arguments);
+    let ended = place.start(&arguments).wait_within(LONG);
     assert_eq!(ended.code, Some(0), "{}", ended.stderr);
     ended.expect_quiet();
     place.expect_no_process();
@@ -131,7 +134,8 @@ fn losses_agree_for_any_number_of_ranks_and_any_placement() {
             if reference.is_empty() {
                 // Training has an effect: a wrong sign or a lost gradient would not pass.
                 assert_eq!(found.len(), 20);
-                assert!(found[19].1 < found[0].1 - 0.3, "{found:?}");
+                let mean = |steps: &[(u64, f64)]| steps.iter().map(|step| step.1).sum::<f64>() / 5.0;
+                assert!(mean(&found[15..]) < mean(&found[..5]) - 0.2, "{found:?}");
                 reference = found;
             } else {
                 expect_close(&found, &reference, &directory);
@@ -144,7 +148,6 @@ fn losses_agree_for_any_number_of_ranks_and_any_placement() {
 fn killed_run(place: &Place, directory: &str, (run, seed): (&Run, u64), (kills, ranks): (u32, &[u32])) {
     let job = run.write(place, directory);
     let mut random = Random(seed);
-    println!("seed {seed}");
     for kill in 0..kills {
         let world = ranks[kill as usize % ranks.len()];
         let arguments = launch(world, &job);
@@ -153,14 +156,14 @@ fn killed_run(place: &Place, directory: &str, (run, seed): (&Run, u64), (kills, 
         let from = losses(place, directory).last().map_or(0, |last| last.0);
         // A moment within the next steps: a step is a few tens of milliseconds.
         let target = from.min(run.steps - 2) + random.below(run.steps / u64::from(kills) + 1);
-        until("the run gets there", support::PATIENCE, || {
+        until("the run gets there", LONG, || {
             started.is_over() || losses(place, directory).last().is_some_and(|last| last.0 >= target)
         });
         std::thread::park_timeout(Duration::from_millis(random.below(60)));
         for process in place.processes() {
             signal(process, Signal::KILL);
         }
-        let _ = started.wait();
+        let _ = started.wait_within(LONG);
         place.expect_no_process();
     }
     finish(place, ranks[kills as usize % ranks.len()], &job);
@@ -216,7 +219,6 @@ fn sigterm_at_fifty_moments_leaves_a_checkpoint_and_75() {
 
 fn terminated(trials: u64) {
     let seed = 13;
-    println!("seed {seed}");
     let mut random = Random(seed);
     // Saves and evaluations at every step, so that moments within them are hit.
     let run = Run { steps: 100_000, every: 2, evaluate: 2, ..SMALL };
@@ -229,7 +231,7 @@ fn terminated(trials: u64) {
         until("ranks train", support::PATIENCE, || started.said().contains("training"));
         std::thread::park_timeout(Duration::from_millis(random.below(1500)));
         signal(started.process(), Signal::TERM);
-        let ended = started.wait();
+        let ended = started.wait_within(LONG);
         assert_eq!(ended.code, Some(75), "trial {trial}: {}", ended.stderr);
         let (step, _) = newest(&place, "checkpoints");
         let last = losses(&place, "checkpoints").last().map_or(0, |last| last.0);
@@ -251,6 +253,5 @@ fn fine_tuning_lowers_the_held_out_loss() {
         .map(|record| record["loss"].as_f64().expect("a loss"))
         .collect();
     let [before, after] = evaluations[..] else { panic!("before and after: {evaluations:?}") };
-    println!("held-out loss {before:.4} before, {after:.4} after 60 steps");
-    assert!(after < before - 0.3, "{before} and {after}");
+    assert!(after < before - 0.3, "held-out loss {before} before and {after} after");
 }

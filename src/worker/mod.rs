@@ -11,6 +11,7 @@ mod data;
 mod error;
 mod plane;
 mod proc_stat;
+mod reports;
 mod session;
 
 use std::net::IpAddr;

@@ -15,6 +15,7 @@ use super::calls::{RETRY_DELAY, drain, enter, ip_towards, open_watch, refused, s
 use super::data::{Blame, Command, DataThread, Failure, LoadCommand, Outcome, SaveCommand, Watched};
 use super::plane::{Meeting, Offer};
 use super::proc_stat::peak_resident_bytes;
+use super::reports::Reported;
 use super::{WorkerConfig, WorkerError};
 use crate::comm::Group;
 use crate::comm::tcp::TcpPort;
@@ -71,23 +72,20 @@ pub enum Ended {
     Preempted,
 }
 
-struct Session {
-    config: WorkerConfig,
-    clients: Clients,
+pub(super) struct Session {
+    pub(super) config: WorkerConfig,
+    pub(super) clients: Clients,
     join: v1::JoinRequest,
-    member: tokio::sync::watch::Sender<String>,
+    pub(super) member: tokio::sync::watch::Sender<String>,
     watched: Watched,
     renew_interval: Duration,
-    stage: tokio::sync::watch::Sender<&'static str>,
+    pub(super) stage: tokio::sync::watch::Sender<&'static str>,
     loading: bool,
-    training: bool,
+    pub(super) training: bool,
     saving: Option<(u64, u64)>,
-    generation: u64,
-    /// What this rank has reported, to be said again to a coordinator that was restarted.
-    loaded: Option<v1::ReportLoadedRequest>,
-    saved: Option<v1::ReportSavedRequest>,
-    snapshot: Option<v1::RequestSaveRequest>,
-    trained: Option<v1::ReportTrainedRequest>,
+    pub(super) generation: u64,
+    /// To be said again to a coordinator that was restarted.
+    pub(super) reported: Reported,
     preempted: Arc<AtomicBool>,
 }
 
@@ -132,10 +130,7 @@ impl Session {
             training: false,
             saving: None,
             generation: 0,
-            loaded: None,
-            saved: None,
-            snapshot: None,
-            trained: None,
+            reported: Reported::default(),
             preempted: Arc::default(),
         };
         Ok((session, snapshots))
@@ -341,69 +336,6 @@ impl Session {
         }
     }
 
-    async fn report(&mut self, outcome: Outcome) -> Result<(), WorkerError> {
-        let member_id = self.member.borrow().clone();
-        let (request_id, generation) = (format!("{member_id}-{:x}", crate::clock::unix_ns()), self.generation);
-        if !self.training {
-            let _ = self.stage.send("holding");
-        }
-        match outcome {
-            Outcome::Loaded(report) => {
-                crate::faults::point("worker.loaded");
-                let report_json = serde_json::to_string(&report).unwrap_or_default();
-                self.loaded = Some(v1::ReportLoadedRequest { request_id, member_id, generation, report_json });
-                self.report_loaded().await?;
-                crate::faults::point("worker.loaded-reported");
-            }
-            Outcome::Saved { command, receipt } => {
-                crate::faults::point("worker.saved");
-                let receipt_json = serde_json::to_string(&receipt).unwrap_or_default();
-                let (step, attempt) = (command.step.0, command.attempt.0);
-                let message = v1::ReportSavedRequest { request_id, member_id, generation, step, attempt, receipt_json };
-                self.saved = Some(message);
-                self.report_saved().await?;
-                crate::faults::point("worker.saved-reported");
-            }
-            // All ranks take the snapshot of a step; one says so.
-            Outcome::SnapshotTaken(_) if self.config.rank.0 != 0 => {}
-            Outcome::SnapshotTaken(step) => {
-                self.snapshot = Some(v1::RequestSaveRequest { request_id, member_id, generation, step: step.0 });
-                self.request_save().await?;
-            }
-            Outcome::Trained => {
-                let step = self.saved.as_ref().map_or(0, |saved| saved.step);
-                self.trained = Some(v1::ReportTrainedRequest { request_id, member_id, generation, step });
-                self.report_trained().await?;
-            }
-            Outcome::Failed(_) => {}
-        }
-        Ok(())
-    }
-
-    async fn report_loaded(&mut self) -> Result<(), WorkerError> {
-        let Some(message) = self.loaded.clone() else { return Ok(()) };
-        let answer = self.clients.worker.report_loaded(request(&self.config.token, message)?).await;
-        answer.map(drop).map_err(refused(&self.config, "report its load"))
-    }
-
-    async fn request_save(&mut self) -> Result<(), WorkerError> {
-        let Some(message) = self.snapshot.clone() else { return Ok(()) };
-        let answer = self.clients.worker.request_save(request(&self.config.token, message)?).await;
-        answer.map(drop).map_err(refused(&self.config, "ask for a checkpoint"))
-    }
-
-    async fn report_trained(&mut self) -> Result<(), WorkerError> {
-        let Some(message) = self.trained.clone() else { return Ok(()) };
-        let answer = self.clients.worker.report_trained(request(&self.config.token, message)?).await;
-        answer.map(drop).map_err(refused(&self.config, "report the end of its training"))
-    }
-
-    async fn report_saved(&mut self) -> Result<(), WorkerError> {
-        let Some(message) = self.saved.clone() else { return Ok(()) };
-        let answer = self.clients.worker.report_saved(request(&self.config.token, message)?).await;
-        answer.map(drop).map_err(refused(&self.config, "report its shard"))
-    }
-
     /// Reports a failure and waits for the coordinator's word on the cause: a rank that only lost its peer must not be
     /// taken for the culprit.
     async fn fail(&mut self, failure: Failure, snapshots: &mut Streaming<v1::WatchResponse>) -> WorkerError {
@@ -469,10 +401,7 @@ impl Session {
             answer => answer,
         }
         .map_err(refused(&self.config, "watch"))?;
-        self.report_loaded().await?;
-        self.request_save().await?;
-        self.report_saved().await?;
-        self.report_trained().await?;
+        self.report_again().await?;
         if self.preempted.load(Ordering::Relaxed) {
             // The signal came once; whether the last coordinator heard of it is not known.
             let _ = drain(&mut self.clients, &self.config).await;

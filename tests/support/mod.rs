@@ -156,10 +156,15 @@ impl Job {
     }
 
     /// Waits for its end; it must not hang.
-    pub(crate) fn wait(mut self) -> Ended {
+    pub(crate) fn wait(self) -> Ended {
+        self.wait_within(PATIENCE)
+    }
+
+    /// As [`Self::wait`], for work that takes longer.
+    pub(crate) fn wait_within(mut self, limit: Duration) -> Ended {
         let mut status = None;
         while status.is_none() {
-            assert!(self.started.elapsed() < PATIENCE, "it hangs, having said: {}", self.said());
+            assert!(self.started.elapsed() < limit, "it hangs, having said: {}", self.said());
             std::thread::park_timeout(POLL);
             status = self.child.try_wait().expect("a child of ours");
         }
