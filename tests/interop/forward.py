@@ -81,14 +81,14 @@ def load(path):
 
 
 def doubly_quantized(absmax):
-    """Statistics as double quantization leaves them: each rounded to the nearest of 256 values over a group of 256."""
-    offset = absmax.mean()
+    """Statistics as double quantization leaves them: each rounded to the nearest of 256 values over a group of 256. The mean
+    is rounded once: one ulp of it decides about a few codes of a large matrix, which moves logits by more than the bound."""
+    offset = absmax.double().mean().float()
     groups = torch.nn.functional.pad(absmax - offset, (0, -absmax.numel() % 256)).view(-1, 256)
     scale = groups.abs().amax(1, keepdim=True)
-    table = create_dynamic_map().double()
-    middles = (table[1:] + table[:-1]) / 2
-    codes = torch.bucketize((groups / scale).double(), middles)
-    return (table[codes].float() * scale).flatten()[: absmax.numel()] + offset
+    table = create_dynamic_map()
+    codes = torch.bucketize(groups * (1 / scale), (table[1:] + table[:-1]) / 2)
+    return (table[codes] * scale).flatten()[: absmax.numel()] + offset
 
 
 def quantize(model, double):
