@@ -42,8 +42,8 @@ impl Run {
             {extra}
             [train.data]
             train = "{DATA}"
-            sequence-length = 64
-            evaluation-fraction = 0.05
+            sequence-length = 32
+            evaluation-fraction = 0.02
             [train.lora]
             r = 4
             dropout = 0.1
@@ -67,7 +67,7 @@ impl Run {
 fn losses(place: &Place, directory: &str) -> Vec<(u64, f64)> {
     records(place, directory)
         .iter()
-        .filter(|record| record["type"] == "step")
+        .filter(|record| record["kind"] == "step")
         .map(|record| (record["step"].as_u64().expect("a step"), record["loss"].as_f64().expect("a loss")))
         .collect()
 }

@@ -6,7 +6,7 @@ use regex::Regex;
 
 use super::merge::{Matrix, Orientation};
 use super::{AdapterConfig, AdapterError, TargetModules};
-use crate::model::{Alias, Role, Skeleton, SkeletonTensor};
+use crate::model::{Alias, Architecture, Role, Skeleton, SkeletonTensor};
 
 /// A linear layer of the base model.
 #[derive(Clone, Debug, PartialEq, Eq)]
@@ -73,8 +73,8 @@ pub fn linears(skeleton: &Skeleton) -> Vec<LinearModule> {
         let module = tensor.fqn.as_str().strip_suffix(".weight")?;
         let &[rows, columns] = tensor.shape.0.as_slice() else { return None };
         // GPT-2's linear layers are `Conv1D`, but for its head.
-        let (orientation, out_features, in_features) = match skeleton.architecture.name() {
-            "gpt2" if !head => (Orientation::InOut, columns, rows),
+        let (orientation, out_features, in_features) = match skeleton.architecture {
+            Architecture::Gpt2 if !head => (Orientation::InOut, columns, rows),
             _ => (Orientation::OutIn, rows, columns),
         };
         Some(LinearModule { module: module.to_owned(), out_features, in_features, head, tied: false, orientation })

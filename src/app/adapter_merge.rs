@@ -10,6 +10,8 @@ use serde_json::Value;
 
 use super::adapter_figure::{Figure, QuantizationFigure};
 use super::adapter_source::{AdapterSource, AdapterSourceError, narrow, widen};
+use super::model_directory::{plan_merged, write_meta};
+use super::model_directory_error::DirectoryError;
 use super::source::{ModelSource, SourceError, open_model};
 use super::weight_files::{OutputTensor, WeightFiles};
 use crate::adapter::{AdapterError, LoadedModule, linears, merge};
@@ -77,10 +79,12 @@ pub enum MergeError {
     #[error(transparent)]
     Adapter(#[from] AdapterSourceError),
     /// The base cannot be opened.
-    #[error("base model {base}: {source}")]
+    #[error("base model {base}{named}: {source}")]
     Base {
         /// The reference.
         base: String,
+        /// Who named it, where that was the adapter.
+        named: &'static str,
         /// The reason.
         source: SourceError,
     },
@@ -104,6 +108,9 @@ pub enum MergeError {
     /// Storage failed.
     #[error(transparent)]
     Store(#[from] StoreError),
+    /// The output's name says another size, or the base's record does not hold.
+    #[error(transparent)]
+    Directory(#[from] DirectoryError),
     /// The arithmetic was given what does not fit.
     #[error("tensor {fqn}: {source}")]
     Arithmetic {
@@ -146,6 +153,7 @@ impl Classify for MergeError {
             Self::Adapter(source) => source.kind(),
             Self::Base { source, .. } => source.kind(),
             Self::Store(source) => source.kind(),
+            Self::Directory(source) => source.kind(),
             Self::Arithmetic { source, .. } => source.kind(),
             Self::Convert { source, .. } => source.kind(),
             Self::NoBase { .. } | Self::Quantized { .. } | Self::NotFinite { .. } | Self::Config { .. } => {
@@ -166,11 +174,13 @@ pub fn merge_adapter(
     progress: &dyn Fn(Progress<'_>),
 ) -> Result<Merged, MergeError> {
     let base = base_reference(request)?;
-    let model = open_base(&base, progress)?;
+    let named = if request.base.is_some() { "" } else { " (named by the adapter; --base names another)" };
+    let model = open_base(&base, named, progress)?;
     let adapter = request.adapter.read(&linears(&model.skeleton))?;
     let modules: BTreeMap<Fqn, &LoadedModule> =
         adapter.modules.iter().map(|module| (format!("{}.weight", module.target.module).into(), module)).collect();
 
+    let meta = plan_merged(&model.root, (output, &model.skeleton), (&request.adapter.place, &adapter.config))?;
     let files = WeightFiles::sharded(outputs(&model, request.dtype), request.max_file_bytes);
     let from = LocalStore::new(&model.root);
     let to = LocalStore::new(output);
@@ -185,6 +195,10 @@ pub fn merge_adapter(
         write_small(&to, "model.safetensors.index.json", index.as_bytes())?;
     }
     copy_companions(&from, &to)?;
+    if let Some(meta) = meta {
+        write_meta(&to, &meta)?;
+        to.create_dir("adapters")?;
+    }
     if let Some(config) = &model.config_json {
         write_small(&to, "config.json", config_with_dtype(&from, config, request.dtype)?.as_bytes())?;
     }
@@ -209,13 +223,13 @@ fn base_reference(request: &MergeRequest<'_>) -> Result<String, MergeError> {
     }
 }
 
-fn open_base(base: &str, progress: &dyn Fn(Progress<'_>)) -> Result<ModelSource, MergeError> {
+fn open_base(base: &str, named: &'static str, progress: &dyn Fn(Progress<'_>)) -> Result<ModelSource, MergeError> {
     let quantized = |format: &str| MergeError::Quantized { base: base.to_owned(), format: format.to_owned() };
     let model = open_model(base, progress).map_err(|source| match source {
         SourceError::Keys { source, .. } if source.prequantized.is_some() => {
             quantized(source.prequantized.unwrap_or_default())
         }
-        source => MergeError::Base { base: base.to_owned(), source },
+        source => MergeError::Base { base: base.to_owned(), named, source },
     })?;
     if let Some(method) = model.skeleton.config.as_ref().and_then(|config| config.quant_method.as_deref()) {
         return Err(quantized(method));

@@ -6,7 +6,7 @@ use std::collections::BTreeMap;
 use std::path::{Path, PathBuf};
 
 use crate::adapter::{
-    AdapterConfig, AdapterError, AdapterTensor, LinearModule, LoadedAdapter, Orientation, parse_name,
+    AdapterConfig, AdapterError, AdapterTensor, LinearModule, LoadedAdapter, Orientation, Target, parse_name,
 };
 use crate::checkpoint::{self, Checkpoint, CheckpointError, VerifiedFile};
 use crate::error::{Classify, Kind};
@@ -222,10 +222,23 @@ impl AdapterSource {
     /// # Errors
     /// [`AdapterSourceError`] when the adapter does not fit them, a byte is damaged or a value is no number.
     pub fn read(&self, linears: &[LinearModule]) -> Result<LoadedAdapter, AdapterSourceError> {
+        let targets = self.targets(linears)?;
+        LoadedAdapter::read(self.config.clone(), targets, |tensor| self.values(tensor))
+    }
+
+    /// That the adapter fits a model with these linear layers, without reading a tensor.
+    ///
+    /// # Errors
+    /// As [`AdapterSource::read`].
+    pub fn check(&self, linears: &[LinearModule]) -> Result<(), AdapterSourceError> {
+        self.targets(linears).map(|_| ())
+    }
+
+    fn targets(&self, linears: &[LinearModule]) -> Result<Vec<Target>, AdapterSourceError> {
         let error = adapter_error(&self.place);
         let targets = self.config.targets(linears).map_err(&error)?;
         self.config.check_tensors(&targets, &self.tensors).map_err(&error)?;
-        LoadedAdapter::read(self.config.clone(), targets, |tensor| self.values(tensor))
+        Ok(targets)
     }
 
     fn values(&self, tensor: &AdapterTensor) -> Result<Vec<f32>, AdapterSourceError> {

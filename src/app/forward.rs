@@ -156,7 +156,8 @@ pub fn forward(request: &ForwardRequest, progress: &dyn Fn(Progress<'_>)) -> Res
         Some(reference) => Some(AdapterSource::open_peft(reference, progress)?.read(&linears(&skeleton))?),
         None => None,
     };
-    let no_config = || ForwardError::Model { model: plan.model.clone(), reason: "its architecture is unknown".to_owned() };
+    let no_config =
+        || ForwardError::Model { model: plan.model.clone(), reason: "its architecture is unknown".to_owned() };
     let model = skeleton.config.as_ref().ok_or_else(no_config)?;
     check_memory(&tokens, model.vocab_size)?;
     let store = LocalStore::new(&plan.root);
@@ -190,9 +191,7 @@ fn check_memory(tokens: &Tokens, vocab: u64) -> Result<(), ForwardError> {
     let count = as_u64(tokens.ids.len());
     let needed = count.saturating_mul(vocab).saturating_mul(2 * DType::F32.size_bytes());
     match crate::config::available_memory_bytes() {
-        Some(available) if needed > available => {
-            Err(ForwardError::Memory { tokens: count, vocab, needed, available })
-        }
+        Some(available) if needed > available => Err(ForwardError::Memory { tokens: count, vocab, needed, available }),
         _ => Ok(()),
     }
 }

@@ -11,6 +11,11 @@ pub mod demo;
 mod forward;
 mod join;
 mod launch;
+mod model_directory;
+mod model_directory_convert;
+mod model_directory_error;
+mod model_directory_pickle;
+mod model_directory_zip;
 mod new_model;
 mod prepare;
 mod running;
@@ -26,7 +31,13 @@ pub use coordinate::{CoordinateError, Coordinated, CoordinatorPlace, coordinate}
 pub use forward::{ForwardError, ForwardRequest, Forwarded, forward};
 pub use join::{CoordinatorAddress, join};
 pub use launch::{Audience, LaunchJob, LaunchJobError, Launched, launch};
-pub use new_model::{NewModelError, new_model};
+pub use model_directory::{
+    ExportMeta, HistoryEntry, Lifecycle, LifecycleStage, ListedModel, ModelName, Stage, lifecycle, list_models,
+    record_stage,
+};
+pub use model_directory_convert::{Converted, convert_ckpt};
+pub use model_directory_error::{CkptError, DirectoryError};
+pub use new_model::{NewModelError, new_model, new_preset};
 pub use prepare::{PrepareError, Prepared, prepare, prepare_with};
 pub use running::{RunFile, RunFileError};
 pub use source::{ModelSource, SourceError, open_model};

@@ -3,10 +3,12 @@
 use std::path::Path;
 use std::sync::atomic::{AtomicUsize, Ordering};
 
+use super::model_directory::{ExportMeta, ModelName, Stage, write_meta};
+use super::model_directory_error::DirectoryError;
 use crate::error::{Classify, Kind};
-use crate::model::{GenerateError, GenerateRequest, NewModel, generate};
+use crate::model::{GenerateError, GenerateRequest, NewModel, Preset, generate, generate_preset};
 use crate::store::{LocalStore, Store, StoreError, write_small};
-use crate::types::{as_u64, as_usize};
+use crate::types::{DType, as_u64, as_usize};
 
 /// Bytes made and written together.
 const CHUNK_BYTES: u64 = 4 << 20;
@@ -21,6 +23,9 @@ pub enum NewModelError {
     /// Storage failed.
     #[error(transparent)]
     Store(#[from] StoreError),
+    /// The directory's name does not fit.
+    #[error(transparent)]
+    Directory(#[from] DirectoryError),
 }
 
 impl Classify for NewModelError {
@@ -28,6 +33,7 @@ impl Classify for NewModelError {
         match self {
             Self::Generate(source) => source.kind(),
             Self::Store(source) => source.kind(),
+            Self::Directory(source) => source.kind(),
         }
     }
 }
@@ -38,7 +44,29 @@ impl Classify for NewModelError {
 /// # Errors
 /// [`NewModelError`]; the files written so far stay.
 pub fn new_model(request: &GenerateRequest, directory: &Path) -> Result<NewModel, NewModelError> {
-    let model = generate(request)?;
+    write_model(generate(request)?, directory)
+}
+
+/// As [`new_model`], of a preset. A directory whose name is of the form gets `export_meta.json` and `adapters/` too.
+///
+/// # Errors
+/// [`NewModelError`]; the files written so far stay.
+pub fn new_preset(preset: Preset, dtype: DType, seed: u64, directory: &Path) -> Result<NewModel, NewModelError> {
+    let model = generate_preset(preset, dtype, seed)?;
+    if let Ok(name) = ModelName::of(directory) {
+        if name.size != preset.name() {
+            let (expected, found) = (name.size.clone(), preset.to_string());
+            return Err(DirectoryError::Size { name: name.to_string(), expected, found }.into());
+        }
+        let store = LocalStore::new(directory);
+        store.create_dir("adapters")?;
+        let from = format!("preset {preset}, seed {seed}");
+        write_meta(&store, &ExportMeta::new(&name, Stage::Pretrain, model.parameters, &from))?;
+    }
+    write_model(model, directory)
+}
+
+fn write_model(model: NewModel, directory: &Path) -> Result<NewModel, NewModelError> {
     let store = LocalStore::new(directory);
     store.create_dir("")?;
     let next = AtomicUsize::new(0);

@@ -8,8 +8,8 @@ use crate::config::{ConfigError, JobConfig, QuantizationFormat};
 use crate::error::{Classify, Kind, chain};
 use crate::format::ModelIndex;
 use crate::load::{ScanError, scan};
-use crate::model::{ModelError, Skeleton};
-use crate::plan::{Input, LoadPlan, Resumed, TrainPlan, state_plan};
+use crate::model::{ModelConfig, ModelError, Skeleton};
+use crate::plan::{Input, LoadPlan, Resumed, StepSizes, TrainMemory, TrainPlan, state_plan};
 use crate::store::{LocalStore, StoreError, read_small};
 use crate::train::{Method, Recipe, Trained, is_trainable, trained_tensors};
 use crate::types::{Fqn, Shape};
@@ -137,11 +137,32 @@ pub(super) fn train_plan(
         config.base_model_name_or_path.get_or_insert_with(|| base.model.clone());
         config.to_value()
     });
+    let sizes = skeleton.config.as_ref().map(|config| step_sizes(recipe, config, &state));
+    let memory = sizes.map_or_else(Vec::new, |sizes| {
+        base.world.ranks().map(|rank| TrainMemory::new(base, &state, &sizes, rank)).collect()
+    });
     let recipe = serde_json::to_value(recipe).unwrap_or_default();
     if let Some(resumed) = &resumed {
         warn_of_changes(&resumed.training.recipe, &recipe);
     }
-    Ok(TrainPlan { recipe, adapter, state, initial, resumed })
+    Ok(TrainPlan { recipe, adapter, state, initial, resumed, memory })
+}
+
+fn step_sizes(recipe: &Recipe, config: &ModelConfig, state: &LoadPlan) -> StepSizes {
+    let layers = u64::from(config.num_hidden_layers);
+    let count = state.tensors.len() / 3;
+    let ranks = state.tensors.iter().take(count).filter(|tensor| tensor.fqn.as_str().ends_with(".lora_A.weight"));
+    StepSizes {
+        tokens: recipe.micro_batch_size * u64::from(recipe.data.sequence_length),
+        layers,
+        hidden: config.hidden_size,
+        query: config.num_attention_heads * config.head_dim,
+        key_value: config.num_key_value_heads * config.head_dim,
+        intermediate: config.intermediate_size,
+        vocabulary: config.vocab_size,
+        adapter_ranks: ranks.map(|tensor| tensor.shape.rows()).sum::<u64>() / layers.max(1),
+        checkpointing: recipe.activation_checkpointing,
+    }
 }
 
 fn skeleton(base: &LoadPlan) -> Result<Skeleton, TrainPlanError> {
@@ -196,4 +217,3 @@ fn warn_of_changes(before: &serde_json::Value, after: &serde_json::Value) {
         }
     }
 }
-

@@ -1,8 +1,8 @@
 //! Resuming: a checkpoint's manifest becomes the plan of a load on any number of ranks.
 
 use super::{Checkpoint, CheckpointError};
-use crate::manifest::SavedTensor;
 use crate::format::FileEntry;
+use crate::manifest::SavedTensor;
 use crate::model::Role;
 use crate::plan::{Encoding, Input, LoadPlan, LoadRequest, StoredChunk, TensorPlan, assemble};
 use crate::types::{DType, Rank};

@@ -6,7 +6,7 @@ use clap::{Args, Parser, Subcommand, ValueEnum};
 use weightcast_launcher::LaunchArgs;
 
 use crate::config::{JobConfig, QuantizationFormat, ResumePolicy};
-use crate::model::Architecture;
+use crate::model::{Architecture, Preset};
 use crate::plan::{Placement, Strategy};
 use crate::types::{BackendWish, DeviceWish};
 
@@ -328,8 +328,11 @@ pub enum ModelCommand {
         #[arg(long, value_parser = parse_architecture, default_value = "llama")]
         arch: Architecture,
         /// About how many parameters, such as 135M or 1B
-        #[arg(long)]
-        params: String,
+        #[arg(long, required_unless_present = "preset")]
+        params: Option<String>,
+        /// A GPT-2 model of a fixed size: 38M, 124M, 350M
+        #[arg(long, conflicts_with_all = ["params", "arch"])]
+        preset: Option<Preset>,
         /// Element type: bfloat16, float16, float32
         #[arg(long, default_value = "bfloat16")]
         dtype: String,
@@ -338,6 +341,40 @@ pub enum ModelCommand {
         seed: u64,
         /// Where to write it
         directory: PathBuf,
+    },
+    /// Make a model directory of nanoGPT's ckpt.pt, without running anything that is in it
+    Convert {
+        /// The checkpoint that torch.save wrote
+        ckpt: PathBuf,
+        /// The model directory, named {architecture}-{size}-{dataset}-{training_type}[-{version}]
+        #[arg(long, value_name = "DIR")]
+        output: PathBuf,
+        /// The function within the MLP, which the checkpoint does not say: gelu (nanoGPT since 2023), gelu_new (before)
+        #[arg(long, default_value = "gelu", value_parser = ["gelu", "gelu_new"])]
+        activation: String,
+        /// Print JSON on stdout
+        #[arg(long)]
+        json: bool,
+    },
+    /// The model directories in a directory
+    List {
+        /// The directory
+        #[arg(default_value = ".")]
+        directory: PathBuf,
+        /// Print JSON on stdout
+        #[arg(long)]
+        json: bool,
+    },
+    /// What there is of each stage of a model: pretrain, lora, merged, deployed
+    Lifecycle {
+        /// A model directory, or a directory of the stages of one model
+        directory: PathBuf,
+        /// Record that the model directory is deployed, and where
+        #[arg(long, value_name = "WHERE")]
+        deployed: Option<String>,
+        /// Print JSON on stdout
+        #[arg(long)]
+        json: bool,
     },
     /// Compute logits, and the gradients of an adapter, to check that a model is computed right
     Forward(Box<super::forward::ForwardFlags>),

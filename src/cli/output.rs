@@ -46,10 +46,13 @@ pub(super) fn fail_with(error: &(dyn std::error::Error + 'static), exit_code: u8
     exit_code
 }
 
-/// Log lines go to stderr: WARN and above, or what `WEIGHTCAST_LOG` says.
+/// Warnings, and the steps of a training run.
+const DEFAULT_FILTER: &str = "warn,weightcast::train::report=info";
+
+/// Log lines go to stderr: those of [`DEFAULT_FILTER`], or what `WEIGHTCAST_LOG` says.
 pub(super) fn start_logging(format: LogFormat) {
-    let filter = crate::config::variable("WEIGHTCAST_LOG").unwrap_or_else(|| "warn".to_owned());
-    let filter = EnvFilter::try_new(filter).unwrap_or_else(|_| EnvFilter::new("warn"));
+    let filter = crate::config::variable("WEIGHTCAST_LOG").unwrap_or_else(|| DEFAULT_FILTER.to_owned());
+    let filter = EnvFilter::try_new(filter).unwrap_or_else(|_| EnvFilter::new(DEFAULT_FILTER));
     let lines = tracing_subscriber::fmt().with_env_filter(filter).with_writer(std::io::stderr).with_target(false);
     // A second subscriber in one process, as in tests, is refused and not needed.
     let _ = match format {

@@ -55,16 +55,17 @@ fn print(prepared: &Prepared, as_json: bool) {
     };
     say(&format!("weights    {place}"));
     data(&format!(
-        "{:>5}  {:>6}  {:>12}  {:>12}  {:>12}  {:>12}  {:>12}",
-        "rank", "reads", "weights", "window", "overhead", "host peak", "device peak"
+        "{:>5}  {:>6}  {:>12}  {:>12}  {:>12}  {:>12}  {:>12}  {:>12}",
+        "rank", "reads", "weights", "window", "training", "overhead", "host peak", "device peak"
     ));
     for rank in ranks {
         let reads = if plan.reads(rank.rank) { "yes" } else { "no" };
         data(&format!(
-            "{:>5}  {reads:>6}  {:>12}  {:>12}  {:>12}  {:>12}  {:>12}",
+            "{:>5}  {reads:>6}  {:>12}  {:>12}  {:>12}  {:>12}  {:>12}  {:>12}",
             rank.rank,
             bytes(rank.weights_bytes + rank.padding_bytes),
             bytes(rank.window_bytes),
+            bytes(rank.training_bytes),
             bytes(rank.overhead_bytes),
             bytes(rank.peak_host_bytes),
             if rank.peak_device_bytes == 0 { "-".to_owned() } else { bytes(rank.peak_device_bytes) }

@@ -44,54 +44,61 @@ pub(super) struct Line {
 pub(super) struct Lines {
     file: Box<dyn ReadAt>,
     limit_bytes: u64,
-    /// Bytes read and not handed out yet; they end at `read_to` of the file.
+    /// Bytes read; those before `taken` are handed out, and the last is the one before `read_to` of the file.
     pending: Vec<u8>,
+    taken: usize,
     read_to: u64,
     number: u64,
 }
 
 impl Lines {
     pub(super) fn new(file: Box<dyn ReadAt>, limit_bytes: u64) -> Self {
-        Self { file, limit_bytes, pending: Vec::new(), read_to: 0, number: 0 }
+        Self { file, limit_bytes, pending: Vec::new(), taken: 0, read_to: 0, number: 0 }
     }
 
     /// The next line; none at the end of the file.
     pub(super) fn next(&mut self) -> Result<Option<Line>, DataError> {
-        let offset_bytes = self.read_to - as_u64(self.pending.len());
+        let offset_bytes = self.read_to - as_u64(self.rest().len());
         if offset_bytes == self.file.len_bytes() {
             return Ok(None);
         }
         self.number += 1;
         let mut too_long = false;
         let mut searched = 0;
-        let end = loop {
-            if let Some(found) = self.pending.iter().skip(searched).position(|&byte| byte == b'\n') {
+        let len = loop {
+            if let Some(found) = self.rest().iter().skip(searched).position(|&byte| byte == b'\n') {
                 break searched + found + 1;
             }
-            if as_u64(self.pending.len()) > self.limit_bytes {
+            if as_u64(self.rest().len()) > self.limit_bytes {
                 too_long = true;
-                self.pending.clear();
+                self.taken = self.pending.len();
             }
-            searched = self.pending.len();
+            searched = self.rest().len();
             if !self.read_chunk()? {
-                break self.pending.len();
+                break searched;
             }
         };
-        let mut bytes: Vec<u8> = self.pending.drain(..end).collect();
-        for byte in [b'\n', b'\r'] {
-            if bytes.last() == Some(&byte) {
-                bytes.pop();
-            }
-        }
-        if offset_bytes == 0 && bytes.starts_with(BYTE_ORDER_MARK) {
-            bytes.drain(..BYTE_ORDER_MARK.len());
+        let mut bytes = self.pending.get(self.taken..self.taken + len).unwrap_or_default();
+        self.taken += len;
+        bytes = bytes.strip_suffix(b"\n").unwrap_or(bytes);
+        bytes = bytes.strip_suffix(b"\r").unwrap_or(bytes);
+        if offset_bytes == 0 {
+            bytes = bytes.strip_prefix(BYTE_ORDER_MARK).unwrap_or(bytes);
         }
         too_long |= as_u64(bytes.len()) > self.limit_bytes;
-        Ok(Some(Line { number: self.number, offset_bytes, bytes: (!too_long).then_some(bytes) }))
+        let bytes = (!too_long).then(|| bytes.to_vec());
+        Ok(Some(Line { number: self.number, offset_bytes, bytes }))
+    }
+
+    /// What is read and not handed out yet.
+    fn rest(&self) -> &[u8] {
+        self.pending.get(self.taken..).unwrap_or_default()
     }
 
     /// Reads on; false at the end of the file.
     fn read_chunk(&mut self) -> Result<bool, DataError> {
+        self.pending.drain(..self.taken);
+        self.taken = 0;
         let chunk = CHUNK_BYTES.min(self.file.len_bytes() - self.read_to);
         let old = self.pending.len();
         self.pending.resize(old + as_usize(chunk), 0);
@@ -104,6 +111,8 @@ impl Lines {
 
 #[cfg(test)]
 mod tests {
+    #![expect(clippy::disallowed_methods, reason = "the tests write the files that they read")]
+
     use super::*;
 
     fn lines(content: &[u8], limit_bytes: u64) -> Vec<(u64, u64, Option<String>)> {

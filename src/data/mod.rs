@@ -21,3 +21,6 @@ pub use config::{AddBos, DataConfig, DataFormat, OnBadLine};
 pub use dataset::{Batch, Counts, Dataset, IGNORED, Split, SplitCounts};
 pub use error::{BadLine, DataError, LineProblem};
 pub use tokenizer::Tokenizer;
+
+#[cfg(test)]
+mod tests;

@@ -62,7 +62,13 @@ impl Job {
 
     fn saved(&mut self, rank: u32) -> Result<Vec<Effect>, Refusal> {
         let member = self.id(rank as usize);
-        let receipt = ShardReceipt { rank: Rank(rank), file: None, chunks: Vec::new(), nested_offsets: Vec::new(), training: None };
+        let receipt = ShardReceipt {
+            rank: Rank(rank),
+            file: None,
+            chunks: Vec::new(),
+            nested_offsets: Vec::new(),
+            training: None,
+        };
         let (generation, step, attempt) = (Generation(8), Step(0), Attempt(3));
         self.apply(Event::Saved { member, generation, step, attempt, receipt: Box::new(receipt) })
     }

@@ -1,23 +1,91 @@
-//! Temporary.
-#![expect(missing_docs, reason = "temporary")]
-use std::io::Write as _;
-#[derive(Clone, Debug, serde::Serialize)]
-pub struct StepRecord { pub step: u64, pub epoch: f64, pub loss: f32, pub learning_rate: f64, pub gradient_norm: f64, pub tokens: u64, pub tokens_per_second: f64, pub seconds: f64, pub peak_resident_bytes: u64, pub remaining_seconds: f64 }
-#[derive(Clone, Debug, serde::Serialize)]
-pub struct EvaluationRecord { pub step: u64, pub loss: f32, pub perplexity: f64, pub tokens: u64, pub best: bool }
-#[derive(Debug)]
-pub struct MetricsWriter(std::fs::File);
-impl MetricsWriter {
-    pub fn open(d: &std::path::Path, from: u64) -> Result<Self, std::io::Error> {
-        std::fs::create_dir_all(d)?;
-        let p = d.join("metrics.jsonl");
-        let old = std::fs::read_to_string(&p).unwrap_or_default();
-        let keep: String = old.lines().filter(|l| serde_json::from_str::<serde_json::Value>(l).is_ok_and(|v| v["step"].as_u64().is_some_and(|s| s <= from))).map(|l| format!("{l}\n")).collect();
-        std::fs::write(&p, keep)?;
-        Ok(Self(std::fs::OpenOptions::new().append(true).open(p)?))
-    }
-    pub fn step(&mut self, r: &StepRecord) -> Result<(), std::io::Error> { let mut v = serde_json::to_value(r).unwrap_or_default(); v["type"] = "step".into(); writeln!(self.0, "{v}") }
-    pub fn evaluation(&mut self, r: &EvaluationRecord) -> Result<(), std::io::Error> { let mut v = serde_json::to_value(r).unwrap_or_default(); v["type"] = "evaluation".into(); writeln!(self.0, "{v}") }
+//! What a training run writes for people and tools: lines, JSONL, TensorBoard event files.
+//!
+//! Owns: the records of steps and evaluations, their text, and the files `metrics.jsonl`, `training_log.txt` and
+//! `events.out.tfevents.*`. Refuses to know: models, optimizers, where output goes on a terminal.
+//!
+//! `ME-1`: after a resume from step S, `metrics.jsonl` and what TensorBoard shows read as one run: nothing of what came
+//! after S before the resume remains in them.
+
+mod events;
+mod text;
+mod writer;
+
+use serde::{Deserialize, Serialize};
+
+pub use text::{evaluation_line, line, sparkline};
+pub use writer::{LOG_FILE, METRICS_FILE, MetricsError, MetricsWriter};
+
+/// One optimizer step. A number that is not finite is `null` in JSON.
+#[derive(Clone, Copy, Debug, PartialEq, Serialize, Deserialize)]
+pub struct StepRecord {
+    /// Optimizer steps done, this one included: the first step is 1.
+    pub step: u64,
+    /// Passes over the training data done, with the fraction of the current one.
+    #[serde(deserialize_with = "number")]
+    pub epoch: f64,
+    /// Mean cross-entropy of the step's targets over all ranks, in nats.
+    #[serde(deserialize_with = "number")]
+    pub loss: f64,
+    /// The rate that the step used.
+    #[serde(deserialize_with = "number")]
+    pub learning_rate: f64,
+    /// Norm of all gradients before clipping.
+    #[serde(deserialize_with = "number")]
+    pub gradient_norm: f64,
+    /// Tokens of the step that counted in the loss, over all ranks.
+    pub tokens: u64,
+    /// Tokens a second, over all ranks.
+    #[serde(deserialize_with = "number")]
+    pub tokens_per_second: f64,
+    /// The step's duration.
+    #[serde(deserialize_with = "number")]
+    pub seconds: f64,
+    /// The most host memory that a rank has used so far.
+    pub peak_resident_bytes: u64,
+    /// The time that the remaining steps will take.
+    #[serde(deserialize_with = "number")]
+    pub remaining_seconds: f64,
 }
-pub fn line(r: &StepRecord, total: u64) -> String { format!("step {}/{total} loss {:.4} lr {:.2e} norm {:.3} {:.0} tokens/s {:.3} s {} MiB", r.step, r.loss, r.learning_rate, r.gradient_norm, r.tokens_per_second, r.seconds, r.peak_resident_bytes >> 20) }
-pub fn sparkline(_: &[f32], _: usize) -> String { String::new() }
+
+/// One evaluation. A number that is not finite is `null` in JSON.
+#[derive(Clone, Copy, Debug, PartialEq, Serialize, Deserialize)]
+pub struct EvaluationRecord {
+    /// Optimizer steps done before it.
+    pub step: u64,
+    /// Mean cross-entropy of the held-out targets, in nats.
+    #[serde(deserialize_with = "number")]
+    pub loss: f64,
+    /// e to the loss.
+    #[serde(deserialize_with = "number")]
+    pub perplexity: f64,
+    /// Targets that were evaluated.
+    pub tokens: u64,
+    /// Whether the loss is the lowest of the run so far.
+    pub best: bool,
+}
+
+/// A line of `metrics.jsonl`.
+#[derive(Clone, Copy, Debug, PartialEq, Serialize, Deserialize)]
+#[serde(tag = "kind", rename_all = "lowercase")]
+pub enum MetricsLine {
+    /// `{"kind": "step", …}`.
+    Step(StepRecord),
+    /// `{"kind": "evaluation", …}`.
+    Evaluation(EvaluationRecord),
+}
+
+impl MetricsLine {
+    /// Optimizer steps done.
+    #[must_use]
+    pub const fn step(&self) -> u64 {
+        match self {
+            Self::Step(record) => record.step,
+            Self::Evaluation(record) => record.step,
+        }
+    }
+}
+
+/// A number, or the `null` that stands for one that is not finite.
+fn number<'de, D: serde::Deserializer<'de>>(deserializer: D) -> Result<f64, D::Error> {
+    Ok(Option::deserialize(deserializer)?.unwrap_or(f64::NAN))
+}

@@ -18,6 +18,8 @@ const STANDARD_DEVIATION: f64 = 0.02;
 pub(super) enum Init {
     /// Normal around 0, to about 3.7 standard deviations.
     Normal,
+    /// As [`Init::Normal`], smaller: a projection that adds to GPT-2's residual stream.
+    Residual,
     /// All 1: the weight of a norm.
     Ones,
     /// All 0: a bias.
@@ -31,20 +33,24 @@ pub(super) struct Values {
     seed: u64,
     /// Little-endian elements, by level.
     levels: Vec<[u8; 4]>,
+    /// The same for [`Init::Residual`].
+    residual: Vec<[u8; 4]>,
     one: [u8; 4],
 }
 
 impl Values {
-    /// Values of `dtype`, which must be F16, BF16 or F32; nothing for another type.
-    pub(super) fn new(dtype: DType, seed: u64) -> Option<Self> {
+    /// Values of `dtype`, which must be F16, BF16 or F32, nothing for another type; with the standard deviation of
+    /// [`Init::Residual`] as a part of the others'.
+    pub(super) fn new(dtype: DType, seed: u64, part: f64) -> Option<Self> {
         let encode: fn(f32) -> [u8; 4] = match dtype {
             DType::F32 => f32::to_le_bytes,
             DType::F16 => |value| widen(f16::from_f32(value).to_le_bytes()),
             DType::BF16 => |value| widen(bf16::from_f32(value).to_le_bytes()),
             _ => return None,
         };
-        let levels = normal_quantiles().map(|quantile| encode(narrow(quantile * STANDARD_DEVIATION))).collect();
-        Some(Self { size: as_usize(dtype.size_bytes()), seed, levels, one: encode(1.0) })
+        let table = |deviation: f64| normal_quantiles().map(|quantile| encode(narrow(quantile * deviation))).collect();
+        let (levels, residual) = (table(STANDARD_DEVIATION), table(STANDARD_DEVIATION * part));
+        Some(Self { size: as_usize(dtype.size_bytes()), seed, levels, residual, one: encode(1.0) })
     }
 
     /// Fills `out` with the bytes of tensor number `tensor` from byte `offset`.
@@ -56,15 +62,20 @@ impl Values {
                 let element = self.one.iter().take(self.size).cycle().skip(skip);
                 out.iter_mut().zip(element).for_each(|(byte, &one)| *byte = one);
             }
-            Init::Normal if self.size == 2 => self.fill_normal::<2>(tensor, offset, out),
-            Init::Normal => self.fill_normal::<4>(tensor, offset, out),
+            Init::Normal | Init::Residual => {
+                let levels = if init == Init::Normal { &self.levels } else { &self.residual };
+                match self.size {
+                    2 => self.fill_normal::<2>(levels, (tensor, offset), out),
+                    _ => self.fill_normal::<4>(levels, (tensor, offset), out),
+                }
+            }
         }
     }
 
-    fn fill_normal<const SIZE: usize>(&self, tensor: u64, offset: u64, out: &mut [u8]) {
+    fn fill_normal<const SIZE: usize>(&self, levels: &[[u8; 4]], (tensor, offset): (u64, u64), out: &mut [u8]) {
         // A table of the element's own size: half the cache for the two-byte types.
         let table: Vec<[u8; SIZE]> =
-            self.levels.iter().map(|level| *level.first_chunk().expect("SIZE is at most 4")).collect();
+            levels.iter().map(|level| *level.first_chunk().expect("SIZE is at most 4")).collect();
         let table: &[[u8; SIZE]; LEVELS as usize] = table.as_slice().try_into().expect("one entry per level");
         let key = splitmix64(self.seed ^ splitmix64(tensor));
         let write = |group: u64, elements: &mut [[u8; SIZE]]| {
@@ -157,8 +168,8 @@ mod tests {
         #[test]
         fn mo_3_ranges_give_the_whole(start in 0_usize..300_000, len in 0_usize..70, f32_too in any::<bool>()) {
             let dtype = if f32_too { DType::F32 } else { DType::BF16 };
-            let values = Values::new(dtype, 3).expect("a float");
-            for init in [Init::Normal, Init::Ones, Init::Zeros] {
+            let values = Values::new(dtype, 3, 0.5).expect("a float");
+            for init in [Init::Normal, Init::Residual, Init::Ones, Init::Zeros] {
                 // The whole begins with a group, whatever the element's size.
                 let whole = bytes(&values, init, start - start % 16..start + len);
                 prop_assert_eq!(&bytes(&values, init, start..start + len)[..], &whole[start % 16..]);
@@ -170,7 +181,7 @@ mod tests {
     /// (0.02 / 1000 each) of 0, and the standard deviation within 1 %.
     #[test]
     fn values_are_normal() {
-        let values = Values::new(DType::F32, 0).expect("a float");
+        let values = Values::new(DType::F32, 0, 0.5).expect("a float");
         let bytes = bytes(&values, Init::Normal, 0..4_000_000);
         let floats: Vec<f64> = bytes.as_chunks().0.iter().map(|one| f64::from(f32::from_le_bytes(*one))).collect();
         let mean = floats.iter().sum::<f64>() / 1e6;
@@ -201,14 +212,14 @@ mod tests {
 
     #[test]
     fn seeds_and_tensors_differ_and_norms_are_one() {
-        let values = Values::new(DType::BF16, 1).expect("a float");
-        let other_seed = Values::new(DType::BF16, 2).expect("a float");
+        let values = Values::new(DType::BF16, 1, 0.5).expect("a float");
+        let other_seed = Values::new(DType::BF16, 2, 0.5).expect("a float");
         let mut other_tensor = vec![0; 64];
         values.fill(8, Init::Normal, 0, &mut other_tensor);
         assert_ne!(bytes(&values, Init::Normal, 0..64), bytes(&other_seed, Init::Normal, 0..64));
         assert_ne!(bytes(&values, Init::Normal, 0..64), other_tensor);
         // 1.0 is 0x3f80 in bf16.
         assert_eq!(bytes(&values, Init::Ones, 1..4), [0x3f, 0x80, 0x3f]);
-        assert!(Values::new(DType::I32, 0).is_none());
+        assert!(Values::new(DType::I32, 0, 0.5).is_none());
     }
 }

@@ -4,6 +4,7 @@ use serde_json::{Value, json};
 
 use super::config::{Architecture, ModelConfig};
 use super::fill::{Init, Values};
+use super::preset::Preset;
 use super::{Role, Skeleton};
 use crate::error::{Classify, Kind};
 use crate::format::safetensors::build_header;
@@ -144,10 +145,24 @@ pub fn generate(request: &GenerateRequest) -> Result<NewModel, GenerateError> {
     if matches!(request.architecture, Architecture::Generic | Architecture::Gpt2) {
         return Err(GenerateError::Architecture { found: request.architecture.name() });
     }
-    let values = Values::new(request.dtype, request.seed).ok_or(GenerateError::DType { found: request.dtype })?;
-    let config_json = super::size::choose(request.architecture, request.parameters).config_json(request.dtype);
+    new_model(super::size::choose(request.architecture, request.parameters).config_json(request.dtype), request)
+}
+
+/// Lays out the files of a preset.
+///
+/// # Errors
+/// [`GenerateError::DType`].
+pub fn generate_preset(preset: Preset, dtype: DType, seed: u64) -> Result<NewModel, GenerateError> {
+    let (architecture, parameters, max_file_bytes) = (Architecture::Gpt2, 0, DEFAULT_FILE_BYTES);
+    new_model(preset.config_json(dtype), &GenerateRequest { architecture, parameters, dtype, seed, max_file_bytes })
+}
+
+fn new_model(config_json: String, request: &GenerateRequest) -> Result<NewModel, GenerateError> {
     let config = ModelConfig::parse(config_json.as_bytes()).expect("a configuration of ours is one that we read");
     let skeleton = Skeleton::new(config);
+    // GPT-2 (radford2019): the weights of residual layers are smaller by 1 / sqrt(N), N being two per block.
+    let part = 1.0 / f64::from(2 * skeleton.layers().max(1)).sqrt();
+    let values = Values::new(request.dtype, request.seed, part).ok_or(GenerateError::DType { found: request.dtype })?;
     let files = layout(&skeleton, request);
     let index_json = (files.len() > 1).then(|| index_json(&skeleton, &files, request.dtype));
     let files = files.into_iter().map(|(file, _)| file).collect();
@@ -198,9 +213,12 @@ fn layout(skeleton: &Skeleton, request: &GenerateRequest) -> Vec<(NewFile, Vec<F
 
 /// As transformers initializes: weights around 0, norms 1, biases 0.
 fn init(role: Role, tensor: Option<&(Fqn, DType, Shape)>) -> Init {
-    let bias = tensor.is_some_and(|(fqn, ..)| fqn.as_str().ends_with("bias"));
+    let name = tensor.map_or("", |(fqn, ..)| fqn.as_str());
+    let bias = name.ends_with("bias");
     match role {
         _ if bias => Init::Zeros,
+        // Only GPT-2's are of this name.
+        Role::Linear if name.ends_with(".c_proj.weight") => Init::Residual,
         Role::Norm => Init::Ones,
         _ => Init::Normal,
     }

@@ -18,6 +18,7 @@ mod fill;
 mod generate;
 mod gpt2;
 mod inspect;
+mod preset;
 mod rope;
 mod size;
 mod skeleton;
@@ -25,8 +26,11 @@ mod skeleton;
 pub use bind::Binding;
 pub use config::{Architecture, AttentionBias, ModelConfig, ModelHead};
 pub use error::{DTypeMismatch, KeyList, KeyMismatch, MAX_NAMED_KEYS, ModelError, ShapeMismatch};
-pub use generate::{DEFAULT_FILE_BYTES, GenerateError, GenerateRequest, NewFile, NewModel, generate, parse_parameters};
+pub use generate::{
+    DEFAULT_FILE_BYTES, GenerateError, GenerateRequest, NewFile, NewModel, generate, generate_preset, parse_parameters,
+};
 pub use inspect::{Inspection, inspect};
+pub use preset::Preset;
 pub use rope::{RopeParameters, RopeScaling, Yarn};
 pub use skeleton::{Alias, Buffer, BufferKind, BufferValues, Role, Skeleton, SkeletonTensor};
 

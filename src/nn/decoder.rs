@@ -1,8 +1,11 @@
 //! A decoder in parts: embedding, blocks, head.
 
+use std::sync::Arc;
+
 use candle_core::{Device, Tensor};
 
-use super::layers::{Block, Finder, Norm};
+use super::head::{self, Head};
+use super::layers::{Block, Finder};
 use super::{DropoutKey, NnError, Parameter, Parameters, Pass, Tokens, block, composed};
 use crate::model::{Architecture, ModelConfig, ModelHead, RopeParameters, RopeScaling};
 use crate::types::{Fqn, as_usize};
@@ -16,9 +19,8 @@ pub struct Decoder {
     tokens: Parameter,
     /// GPT-2's learned positions.
     positions: Option<Parameter>,
-    blocks: Vec<Block>,
-    last_norm: Norm,
-    head: Parameter,
+    blocks: Vec<Arc<Block>>,
+    head: Arc<Head>,
     embed_tensors: Vec<Fqn>,
     block_tensors: Vec<Vec<Fqn>>,
     head_tensors: Vec<Fqn>,
@@ -47,13 +49,14 @@ impl Decoder {
         let embed_tensors = finder.take_used();
         let (mut blocks, mut block_tensors) = (Vec::new(), Vec::new());
         for number in 0..config.num_hidden_layers {
-            blocks.push(finder.block(config, number)?);
+            blocks.push(Arc::new(finder.block(config, number)?));
             block_tensors.push(finder.take_used());
         }
         let last = if gpt2 { "transformer.ln_f" } else { "model.norm" };
-        let last_norm = finder.norm(last, hidden, gpt2, config.norm_eps)?;
+        let norm = finder.norm(last, hidden, gpt2, config.norm_eps)?;
         let head = if config.tie_word_embeddings { embedding } else { "lm_head.weight" };
-        let head = finder.parameter(head.to_owned(), [vocab, hidden])?;
+        let weight = finder.parameter(head.to_owned(), [vocab, hidden])?;
+        let head = Arc::new(Head { norm, weight, vocab: as_usize(vocab) });
         let head_tensors = finder.take_used();
         finder.finish()?;
         Ok(Self {
@@ -63,7 +66,6 @@ impl Decoder {
             tokens,
             positions,
             blocks,
-            last_norm,
             head,
             embed_tensors,
             block_tensors,
@@ -168,7 +170,7 @@ impl Decoder {
     /// # Errors
     /// [`NnError`]: an empty slot.
     pub fn logits(&self, x: &Tensor) -> Result<Tensor, NnError> {
-        Ok(composed::logits(&self.head, &composed::norm(&self.last_norm, x)?)?)
+        Ok(head::logits(&self.head, x)?)
     }
 
     /// The sum of the negative log likelihoods, in nats, of the targets that count, as a scalar f32, and how many count.
@@ -177,8 +179,7 @@ impl Decoder {
     /// [`NnError`]: bad tokens, an empty slot.
     pub fn loss(&self, x: &Tensor, tokens: &Tokens) -> Result<(Tensor, u64), NnError> {
         tokens.check(self.vocab)?;
-        let loss = composed::loss(&composed::norm(&self.last_norm, x)?, &self.head, tokens)?;
-        Ok((loss, tokens.counted()))
+        Ok((head::loss(&self.head, x, tokens)?, tokens.counted()))
     }
 }
 

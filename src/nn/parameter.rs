@@ -93,6 +93,14 @@ impl Parameter {
         matches!(self, Self::Frozen(_))
     }
 
+    /// The variable, where it is trained.
+    pub(super) fn variable(&self) -> Option<Var> {
+        match self {
+            Self::Frozen(_) => None,
+            Self::Trainable(variable) => Some(variable.clone()),
+        }
+    }
+
     /// That its shape is the one that the model needs.
     pub(super) fn check(&self, fqn: &Fqn, expected: &Shape) -> Result<(), NnError> {
         match self {

@@ -47,8 +47,8 @@ pub struct LoadRequest {
 pub enum PlanError {
     /// A rank would need more memory than it may use.
     #[error(
-        "rank {} does not fit: it needs {} bytes of host memory ({} of weights, {} of reader window, {} of overhead), and may use {budget_bytes}",
-        needed.rank, needed.peak_host_bytes, needed.host_weights_bytes(), needed.window_bytes, needed.overhead_bytes
+        "rank {} does not fit: it needs {} bytes of host memory ({} of weights, {} of reader window, {} of training, {} of overhead), and may use {budget_bytes}",
+        needed.rank, needed.peak_host_bytes, needed.host_weights_bytes(), needed.window_bytes, needed.training_bytes, needed.overhead_bytes
     )]
     RankDoesNotFit {
         /// What the rank needs.

@@ -6,7 +6,7 @@ use super::TensorPlan;
 use crate::types::{Fqn, Rank, WorldSize};
 
 /// The number of the layer that a tensor belongs to, from its name: the digits after `layers.` or `h.`.
-fn layer_of(fqn: &Fqn) -> Option<u32> {
+pub(super) fn layer_of(fqn: &Fqn) -> Option<u32> {
     let mut parts = fqn.as_str().split('.');
     while let Some(part) = parts.next() {
         if matches!(part, "layers" | "layer" | "h" | "blocks")
@@ -70,8 +70,14 @@ mod tests {
     use crate::types::DType;
 
     fn owners(world: u32, split: &[u32]) -> Vec<u32> {
-        let names = ["model.embed_tokens.weight", "model.layers.0.a.weight", "model.layers.0.b.weight",
-            "model.layers.1.a.weight", "model.layers.1.b.weight", "lm_head.weight"];
+        let names = [
+            "model.embed_tokens.weight",
+            "model.layers.0.a.weight",
+            "model.layers.0.b.weight",
+            "model.layers.1.a.weight",
+            "model.layers.1.b.weight",
+            "lm_head.weight",
+        ];
         let tensor = |name: &str| TensorPlan {
             fqn: name.into(),
             shape: [4, 8].into(),

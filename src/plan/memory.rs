@@ -68,9 +68,13 @@ pub struct RankMemory {
     pub padding_bytes: u64,
     /// Bytes in flight while it reads; 0 for a rank that does not read.
     pub window_bytes: u64,
+    /// What training takes beside the weights; 0 for a job that does not train. It comes after the load, when the window is
+    /// free again.
+    #[serde(default)]
+    pub training_bytes: u64,
     /// [`PROCESS_OVERHEAD_BYTES`], [`STAGING_BYTES`] and, with a device, [`CUDA_HOST_BYTES`].
     pub overhead_bytes: u64,
-    /// The most host memory that the rank needs at any time of the load: all of the above, without weights and padding
+    /// The most host memory that the rank needs at any time: all of the above, the larger of window and training, without weights and padding
     /// when they lie on a device.
     pub peak_host_bytes: u64,
     /// The most device memory that it needs: weights, padding and [`CUDA_CONTEXT_BYTES`]; 0 without a device.
@@ -112,6 +116,8 @@ impl LoadPlan {
         }
         let window = if self.reads(rank) { self.window_bytes() } else { 0 };
         let on_device = self.device.device == DeviceWish::Cuda;
+        let training = self.train.as_ref().and_then(|train| train.memory.get(rank.index()));
+        let training = training.map_or(0, super::TrainMemory::total_bytes);
         let overhead = PROCESS_OVERHEAD_BYTES + STAGING_BYTES + if on_device { CUDA_HOST_BYTES } else { 0 };
         let (host, device) = if on_device { (0, padded + CUDA_CONTEXT_BYTES) } else { (padded, 0) };
         RankMemory {
@@ -119,8 +125,9 @@ impl LoadPlan {
             weights_bytes: weights,
             padding_bytes: padded - weights,
             window_bytes: window,
+            training_bytes: training,
             overhead_bytes: overhead,
-            peak_host_bytes: host + window + overhead,
+            peak_host_bytes: host + window.max(training) + overhead,
             peak_device_bytes: device,
         }
     }

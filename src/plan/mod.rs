@@ -16,6 +16,7 @@ mod memory;
 mod pieces;
 mod select;
 mod train;
+mod train_memory;
 
 use serde::{Deserialize, Serialize};
 
@@ -30,6 +31,7 @@ pub use memory::{
 pub use pieces::{Chunking, Piece, SourceSpan};
 pub use select::{DTypeRule, QuantizationRule};
 pub use train::{Resumed, TrainPlan, exp_avg, exp_avg_sq, state_plan};
+pub use train_memory::{StepSizes, TrainMemory};
 
 use crate::format::{Encoding as SourceEncoding, FileEntry};
 use crate::types::{ByteRange, DType, DigestTable, Fqn, Rank, Shape, WorldSize};

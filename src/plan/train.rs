@@ -5,7 +5,7 @@
 
 use serde::{Deserialize, Serialize};
 
-use super::{Encoding, Input, LoadPlan, Placement, Strategy, TensorPlan};
+use super::{Encoding, Input, LoadPlan, Placement, Strategy, TensorPlan, TrainMemory};
 use crate::manifest::TrainingState;
 use crate::types::{DType, DeviceWish, Fqn, Rank, Shape};
 
@@ -18,6 +18,8 @@ pub struct TrainPlan {
     pub adapter: Option<serde_json::Value>,
     /// The state: parameters, then AdamW's moments of each, all f32. Its inputs are empty unless the run is resumed.
     pub state: LoadPlan,
+    /// What training takes on each rank.
+    pub memory: Vec<TrainMemory>,
     /// The parameters of an adapter to start from, as its file has them; without moments.
     pub initial: Option<Box<LoadPlan>>,
     /// Where the run stood.

@@ -192,8 +192,10 @@ impl<'a> Base<'a> {
     /// The f32 values of a tensor from its whole components.
     fn values(&self, tensor: usize, parts: &[Cow<'_, [u8]>]) -> Result<Vec<f32>, TrainError> {
         let planned = &self.plan.tensors[tensor];
-        let failed =
-            |error: crate::quant::QuantError| TrainError::Weight { fqn: planned.fqn.clone(), reason: error.to_string() };
+        let failed = |error: crate::quant::QuantError| TrainError::Weight {
+            fqn: planned.fqn.clone(),
+            reason: error.to_string(),
+        };
         let kernels = self.kernels;
         let part = |index: usize| parts.get(index).map_or(&[][..], |part| part.as_ref());
         let mut values = vec![0_f32; as_usize(planned.elements())];
@@ -239,4 +241,3 @@ impl<'a> Base<'a> {
         Ok(values)
     }
 }
-

@@ -227,7 +227,8 @@ impl Recipe {
 
     /// Makes relative paths relative to `base`; a hub's or a program's name of a path is none.
     pub fn resolve_paths(&mut self, base: &Path) {
-        let against = |path: &mut PathBuf| *path = std::path::absolute(base.join(&*path)).unwrap_or_else(|_| base.join(&*path));
+        let against =
+            |path: &mut PathBuf| *path = std::path::absolute(base.join(&*path)).unwrap_or_else(|_| base.join(&*path));
         self.tokenizer.iter_mut().for_each(against);
         self.lora.adapter.iter_mut().for_each(against);
         self.data.resolve(base);

@@ -5,6 +5,7 @@ use crate::data::DataError;
 use crate::device::DeviceError;
 use crate::error::{Classify, Kind};
 use crate::load::LoadError;
+use crate::metrics::MetricsError;
 use crate::nn::NnError;
 use crate::types::{Fqn, Step};
 
@@ -81,11 +82,8 @@ pub enum TrainError {
         found: f64,
     },
     /// Metrics cannot be written.
-    #[error("metrics: {reason}")]
-    Metrics {
-        /// Why.
-        reason: String,
-    },
+    #[error(transparent)]
+    Metrics(#[from] MetricsError),
     /// The rank was told to end.
     #[error("training was cancelled")]
     Cancelled,
@@ -104,7 +102,7 @@ impl Classify for TrainError {
             Self::Device(source) => source.kind(),
             Self::OtherRun { .. } | Self::DifferentData { .. } => Kind::Conflict,
             Self::Weight { .. } | Self::Diverged { .. } => Kind::Invalid,
-            Self::Metrics { .. } => Kind::Unavailable,
+            Self::Metrics(source) => source.kind(),
             Self::Compute { .. } | Self::Plan { .. } | Self::Cancelled | Self::WriterEnded => Kind::Internal,
         }
     }

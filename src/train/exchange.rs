@@ -108,4 +108,3 @@ fn send_len(counts: &[usize]) -> usize {
 fn range(error: crate::device::OutOfRange) -> crate::device::DeviceError {
     error.into()
 }
-

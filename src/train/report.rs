@@ -50,10 +50,7 @@ impl Reporter {
         (from_step, total_steps): (u64, u64),
         control: Control,
     ) -> Result<Self, TrainError> {
-        let metrics = directory
-            .map(|directory| MetricsWriter::open(directory, from_step))
-            .transpose()
-            .map_err(|error| TrainError::Metrics { reason: crate::error::chain(&error) })?;
+        let metrics = directory.map(|directory| MetricsWriter::open(directory, from_step)).transpose()?;
         let progress = TrainingProgress { step: from_step, total_steps, ..TrainingProgress::default() };
         let started = crate::clock::now();
         Ok(Self { metrics, total_steps, mean_seconds: None, recent: VecDeque::new(), progress, control, started })
@@ -67,7 +64,7 @@ impl Reporter {
         let record = StepRecord {
             step: figures.step,
             epoch: figures.epoch,
-            loss: figures.loss,
+            loss: f64::from(figures.loss),
             learning_rate: figures.learning_rate,
             gradient_norm: figures.gradient_norm,
             tokens: figures.tokens,
@@ -92,14 +89,16 @@ impl Reporter {
         };
         self.control.set_progress(self.progress.clone());
         match &mut self.metrics {
-            Some(metrics) => {
-                metrics.step(&record).map_err(|error| TrainError::Metrics { reason: crate::error::chain(&error) })
-            }
+            Some(metrics) => Ok(metrics.step(&record, self.total_steps)?),
             None => Ok(()),
         }
     }
 
-    pub(super) fn evaluation(&mut self, record: &EvaluationRecord, best: Option<u64>) -> Result<(), TrainError> {
+    pub(super) fn evaluation(
+        &mut self,
+        record: &EvaluationRecord,
+        (loss, best): (f32, Option<u64>),
+    ) -> Result<(), TrainError> {
         let note = if record.best { "  best" } else { "" };
         tracing::info!(
             "evaluation after step {}: loss {:.4}, perplexity {:.2}, {} tokens{note}",
@@ -108,13 +107,11 @@ impl Reporter {
             record.perplexity,
             record.tokens
         );
-        self.progress.evaluation_loss = Some(record.loss);
+        self.progress.evaluation_loss = Some(loss);
         self.progress.best_step = best;
         self.control.set_progress(self.progress.clone());
         match &mut self.metrics {
-            Some(metrics) => {
-                metrics.evaluation(record).map_err(|error| TrainError::Metrics { reason: crate::error::chain(&error) })
-            }
+            Some(metrics) => Ok(metrics.evaluation(record, self.total_steps)?),
             None => Ok(()),
         }
     }

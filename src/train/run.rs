@@ -121,7 +121,8 @@ impl<'a> Setup<'a> {
                 }
             }),
         };
-        let config = skeleton.config.as_ref().ok_or_else(|| bad("the model", "a known architecture", "bare tensors"))?;
+        let config =
+            skeleton.config.as_ref().ok_or_else(|| bad("the model", "a known architecture", "bare tensors"))?;
         let decoder = Decoder::new(config, &parameters.parameters, device)?;
         let variables = (parameters.variables.clone(), &layout);
         let engine = Engine::new(decoder, base, variables, self.recipe.activation_checkpointing);
@@ -170,7 +171,8 @@ impl<'a> Setup<'a> {
 
     fn skeleton(&self) -> Result<Skeleton, TrainError> {
         let json = self.plan.config_json.as_deref().ok_or_else(|| bad("the model", "a config.json", "none"))?;
-        Skeleton::from_config(json.as_bytes()).map_err(|error| bad("the model", "a known config.json", &error.to_string()))
+        Skeleton::from_config(json.as_bytes())
+            .map_err(|error| bad("the model", "a known config.json", &error.to_string()))
     }
 
     fn trained(&self, skeleton: &Skeleton) -> Result<Trained, TrainError> {
@@ -266,4 +268,3 @@ fn compute_device(weights: Device) -> Result<candle_core::Device, TrainError> {
 fn bad(what: &'static str, expected: &str, found: &str) -> TrainError {
     TrainError::Plan { what, expected: expected.to_owned(), found: found.to_owned() }
 }
-

@@ -113,8 +113,7 @@ fn write(plan: &LoadPlan, snapshot: &Snapshot, control: &Control, tell: &Tell) -
             None => return false,
         };
         let store = LocalStore::new(&grant.root);
-        let request =
-            WriteRequest { plan, state: &snapshot.state, store: &store, directory: &grant.directory, step };
+        let request = WriteRequest { plan, state: &snapshot.state, store: &store, directory: &grant.directory, step };
         crate::faults::point("train.write");
         match write_shard(&request, &|_| {}) {
             Ok(mut receipt) => {

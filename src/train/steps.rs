@@ -14,6 +14,7 @@ use crate::recipe::order::Order;
 use crate::recipe::schedule::LearningRate;
 use crate::types::{Step, as_f64};
 
+use super::TrainError;
 use super::adamw::AdamW;
 use super::config::Recipe;
 use super::control::Control;
@@ -24,7 +25,6 @@ use super::report::{Reporter, StepFigures};
 use super::run::Ended;
 use super::snapshot::Writer;
 use super::state::{Layout, Shards};
-use super::TrainError;
 
 /// A run between two steps.
 pub(super) struct Run<'a, 'c> {
@@ -168,8 +168,10 @@ impl Run<'_, '_> {
         let flag = |set: bool| if set { 1.0 } else { 0.0 };
         // Token counts are exact in f32 up to 2^24 in each half.
         let (high, low) = (loss.tokens >> 20, loss.tokens & 0xf_ffff);
-        let float = |value: u64| f32::from(u16::try_from(value >> 16).unwrap_or(u16::MAX)) * 65536.0
-            + f32::from(u16::try_from(value & 0xffff).unwrap_or(0));
+        let float = |value: u64| {
+            f32::from(u16::try_from(value >> 16).unwrap_or(u16::MAX)) * 65536.0
+                + f32::from(u16::try_from(value & 0xffff).unwrap_or(0))
+        };
         let mut values = [loss.nats, float(high), float(low), flag(self.control.is_stopping()), flag(due)];
         self.exchange.all_reduce(&mut values)?;
         if self.control.is_cancelled() {
@@ -263,7 +265,8 @@ impl Run<'_, '_> {
         let best_step = training.best.map(|best| best.step.0);
         if let Some(reporter) = &mut self.reporter {
             let perplexity = f64::from(loss).exp();
-            reporter.evaluation(&EvaluationRecord { step: self.step, loss, perplexity, tokens, best }, best_step)?;
+            let (step, mean) = (self.step, f64::from(loss));
+            reporter.evaluation(&EvaluationRecord { step, loss: mean, perplexity, tokens, best }, (loss, best_step))?;
         }
         Ok(Evaluated { stop: false, best })
     }

@@ -51,7 +51,7 @@ pub fn trained_tensors(
 pub fn is_trainable(config: &ModelConfig) -> bool {
     let known = matches!(
         config.architecture,
-        Architecture::Llama | Architecture::Mistral | Architecture::Qwen2 | Architecture::Qwen3
+        Architecture::Llama | Architecture::Mistral | Architecture::Qwen2 | Architecture::Qwen3 | Architecture::Gpt2
     );
     known && config.head == ModelHead::CausalLm
 }

@@ -54,7 +54,10 @@ pub(super) struct LoadCommand {
 #[derive(Debug)]
 pub(super) enum Outcome {
     Loaded(Box<LoadReport>),
-    Saved { command: SaveCommand, receipt: Box<ShardReceipt> },
+    Saved {
+        command: SaveCommand,
+        receipt: Box<ShardReceipt>,
+    },
     /// The ranks hold a snapshot of this step, to be written.
     SnapshotTaken(Step),
     Trained,
@@ -269,11 +272,9 @@ fn outcome_of(told: Result<News, CheckpointError>) -> Outcome {
         Ok(News::Saved { grant: Grant { step, attempt, root, directory }, receipt }) => {
             Outcome::Saved { command: SaveCommand { step, attempt, root, directory }, receipt }
         }
-        Err(error) => Outcome::Failed(Failure {
-            message: chain(&error),
-            exit_code: error.kind().exit_code(),
-            blame: Blame::Own,
-        }),
+        Err(error) => {
+            Outcome::Failed(Failure { message: chain(&error), exit_code: error.kind().exit_code(), blame: Blame::Own })
+        }
     }
 }
 

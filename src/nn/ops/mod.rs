@@ -1,7 +1,17 @@
-//! Operations that the tensor library lacks, or computes gradients of that nobody needs.
+//! Operations that the tensor library lacks, or computes gradients of that nobody needs: functions of slices and matrices
+//! on the CPU, each with its backward, and the nodes that put them into a graph.
 
+pub(super) mod activation;
+pub(super) mod attention;
+pub(super) mod cross_entropy;
 mod dropout;
-mod linear;
+mod frozen_linear;
+pub(super) mod fused;
+pub(super) mod linear;
+pub(super) mod matrix;
+pub(super) mod norm;
+pub(super) mod rotary;
+pub(super) mod vector;
 
 pub(super) use dropout::dropout_mask;
-pub(super) use linear::FrozenLinear;
+pub(super) use frozen_linear::FrozenLinear;

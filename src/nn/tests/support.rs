@@ -156,3 +156,21 @@ pub(super) fn assert_close(what: &str, found: &Tensor, expected: &Tensor, tolera
 pub(super) fn shape(tensor: &Tensor) -> Shape {
     Shape(tensor.dims().iter().map(|&size| as_u64(size)).collect())
 }
+
+/// Numbers from -1 to 1 (a linear congruential generator of Knuth's constants).
+pub(super) fn random(seed: u64, count: usize) -> Vec<f32> {
+    let mut state = seed.wrapping_mul(0x9e37_79b9_7f4a_7c15);
+    let mut next = || {
+        state = state.wrapping_mul(6_364_136_223_846_793_005).wrapping_add(1_442_695_040_888_963_407);
+        let bits = u16::try_from(state >> 48).expect("16 bits");
+        f32::from(bits) / 32_768.0 - 1.0
+    };
+    (0..count).map(|_| next()).collect()
+}
+
+/// A pass without rotary embedding and dropout.
+pub(super) fn pass_of(batch: usize, seq: usize, starts: std::sync::Arc<Vec<u32>>) -> Pass {
+    let rows = batch * seq;
+    let tokens = Tokens { ids: vec![0; rows], targets: vec![0; rows], starts: starts.to_vec(), batch, seq };
+    Pass::new(&tokens, None, None)
+}
