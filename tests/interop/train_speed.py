@@ -86,7 +86,7 @@ every-minutes = 0
     if ran.returncode != 0:
         raise SystemExit(f"weightcast: exit code {ran.returncode}: {ran.stderr.strip()}")
     lines = (directory / "metrics" / "metrics.jsonl").read_text().splitlines()
-    records = [record for record in map(json.loads, lines) if record["type"] == "step"]
+    records = [record for record in map(json.loads, lines) if record["kind"] == "step"]
     if [record["step"] for record in records] != list(range(1, arguments.steps + 1)):
         raise SystemExit(f"{directory}: expected {arguments.steps} steps in metrics.jsonl, found {len(records)}")
     return [record["tokens_per_second"] for record in records], [record["loss"] for record in records]
