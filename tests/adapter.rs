@@ -65,6 +65,7 @@ fn save(root: &str, step: u64, adapter: &BTreeMap<String, Stored>, training: Opt
     let moments = adapter.iter().map(|(name, tensor)| (format!("optimizer.exp_avg.{name}"), tensor.clone()));
     let all: Vec<(String, Stored)> = adapter.clone().into_iter().chain(moments).collect();
     let planned = |(name, (_, shape, _)): &(String, Stored)| TensorPlan {
+        owner: None,
         fqn: name.as_str().into(),
         shape: Shape(shape.clone()),
         encoding: Encoding::Plain { dtype: DType::F32 },
@@ -73,6 +74,7 @@ fn save(root: &str, step: u64, adapter: &BTreeMap<String, Stored>, training: Opt
         input: Input::Stored { parts: Vec::new(), nested_offset: None },
     };
     let plan = LoadPlan {
+        train: None,
         version: PLAN_VERSION,
         model: "tiny-llama".to_owned(),
         config_json: None,
@@ -117,7 +119,8 @@ fn training(best: Option<u64>, base: &str) -> TrainingState {
     let mut config: Value = serde_json::from_slice(&config).expect("JSON");
     config["base_model_name_or_path"] = Value::Null;
     TrainingState {
-        recipe: json!({"quantization": {"format": "nf4", "double": true}}),
+        data_digest: String::new(),
+        recipe: json!({"base-quantization": "nf4"}),
         adapter: Some(config),
         base_model: base.to_owned(),
         base_digest: String::new(),
@@ -158,9 +161,9 @@ fn a_checkpoint_is_exported_as_pefts_files() {
     place.finish(&[&flags[..], &["--step", "3", "--output", &half, "--dtype", "bfloat16"]].concat());
     for (name, tensor) in tensors(format!("{half}/adapter_model.safetensors")) {
         assert_eq!(tensor.0, "BF16");
-        // Eight bits of precision: half a unit in the last place is 2^-9 of the value.
+        // Eight bits of precision: half a unit in the last place is at most 2^-8 of the value.
         for (value, exact) in f32s(&tensor).iter().zip(f32s(&adapter[&name])) {
-            assert!((value - exact).abs() <= exact.abs() / 512.0, "{name}: {value} {exact}");
+            assert!((value - exact).abs() <= exact.abs() / 256.0, "{name}: {value} {exact}");
         }
     }
 }

@@ -68,17 +68,8 @@ fn relative(error: f64, norm: f64) -> f64 {
     if norm > 0.0 { (error / norm).sqrt() } else { 0.0 }
 }
 
-/// The 4-bit code that a recipe quantizes its base with: the first text among its values, at any depth, under a key with
-/// `quant` in it, that names one.
+/// The 4-bit code that the base of a recipe is quantized with.
 #[must_use]
 pub fn recipe_code(recipe: &serde_json::Value) -> Option<FourBitCode> {
-    let fields = recipe.as_object()?;
-    fields.iter().find_map(|(key, value)| {
-        let named = value.as_str().filter(|_| key.contains("quant")).and_then(FourBitCode::from_name);
-        named.or_else(|| recipe_code(value)).or_else(|| {
-            // `quantization = { format = "nf4" }`
-            let format = value.get("format").filter(|_| key.contains("quant"))?.as_str()?;
-            FourBitCode::from_name(format)
-        })
-    })
+    FourBitCode::from_name(recipe.get("base-quantization")?.as_str()?)
 }

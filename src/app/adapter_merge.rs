@@ -86,7 +86,7 @@ pub enum MergeError {
         /// Who named it, where that was the adapter.
         named: &'static str,
         /// The reason.
-        source: SourceError,
+        source: Box<SourceError>,
     },
     /// Nobody says what the base is.
     #[error("{place}: adapter_config.json does not name a base model, and no --base was given")]
@@ -229,7 +229,7 @@ fn open_base(base: &str, named: &'static str, progress: &dyn Fn(Progress<'_>)) -
         SourceError::Keys { source, .. } if source.prequantized.is_some() => {
             quantized(source.prequantized.unwrap_or_default())
         }
-        source => MergeError::Base { base: base.to_owned(), named, source },
+        source => MergeError::Base { base: base.to_owned(), named, source: Box::new(source) },
     })?;
     if let Some(method) = model.skeleton.config.as_ref().and_then(|config| config.quant_method.as_deref()) {
         return Err(quantized(method));

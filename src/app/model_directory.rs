@@ -300,8 +300,9 @@ pub fn lifecycle(directory: &Path) -> Result<Lifecycle, DirectoryError> {
     if models.is_empty()
         && let Ok(name) = ModelName::of(directory)
     {
-        let store =
-            LocalStore::new(directory.parent().filter(|parent| *parent != Path::new("")).unwrap_or(Path::new(".")));
+        let store = LocalStore::new(
+            directory.parent().filter(|parent| *parent != Path::new("")).unwrap_or_else(|| Path::new(".")),
+        );
         models.extend(read_model(&store, &directory.file_name().unwrap_or_default().to_string_lossy(), name)?);
     }
     let place = directory.display().to_string();

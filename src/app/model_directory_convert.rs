@@ -47,7 +47,8 @@ struct Stored {
 /// [`CkptError`]; the files written so far stay.
 pub fn convert_ckpt(ckpt: &Path, output: &Path, activation: &str) -> Result<Converted, CkptError> {
     let name = ModelName::of(output)?;
-    let store = LocalStore::new(ckpt.parent().filter(|parent| *parent != Path::new("")).unwrap_or(Path::new(".")));
+    let store =
+        LocalStore::new(ckpt.parent().filter(|parent| *parent != Path::new("")).unwrap_or_else(|| Path::new(".")));
     let file_name = ckpt.file_name().map_or_else(String::new, |name| name.to_string_lossy().into_owned());
     let file = store.open(&file_name)?;
     let reader = Reader::open(store.describe(&file_name), file)?;

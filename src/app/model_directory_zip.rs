@@ -41,7 +41,7 @@ pub(super) fn entries(path: &str, file: &dyn ReadAt) -> Result<BTreeMap<String, 
             return Err(damaged("an entry is compressed or encrypted, which torch.save does not do"));
         }
         let (bytes, local) = sizes(entry, extra).ok_or_else(|| damaged("an entry has no 64-bit size"))?;
-        let mut header = [0; LOCAL_BYTES as usize];
+        let mut header = [0; as_usize(LOCAL_BYTES)];
         read(path, file, local, &mut header)?;
         let skip = LOCAL_BYTES + u64::from(u16_at(&header, 26)) + u64::from(u16_at(&header, 28));
         let range = local.checked_add(skip).and_then(|start| ByteRange::with_len(start, bytes));

@@ -10,6 +10,7 @@ use crate::format::ModelIndex;
 use crate::load::{ScanError, scan};
 use crate::model::{ModelConfig, ModelError, Skeleton};
 use crate::plan::{Input, LoadPlan, Resumed, StepSizes, TrainMemory, TrainPlan, state_plan};
+use crate::quant::FourBitCode;
 use crate::store::{LocalStore, StoreError, read_small};
 use crate::train::{Method, Recipe, Trained, is_trainable, trained_tensors};
 use crate::types::{Fqn, Shape};
@@ -75,7 +76,7 @@ impl Classify for TrainPlanError {
 /// # Errors
 /// [`ConfigError::Value`], the first.
 pub(super) fn apply_recipe(config: &mut JobConfig) -> Result<(), ConfigError> {
-    let Some(recipe) = &config.train else { return Ok(()) };
+    let Some(recipe) = &mut config.train else { return Ok(()) };
     let value = |key, expected, found: &str| Err(ConfigError::Value { key, expected, found: found.to_owned() });
     recipe.check().map_err(|(key, expected, found)| ConfigError::Value { key, expected, found })?;
     if config.checkpoint.directory.is_none() {
@@ -96,6 +97,11 @@ pub(super) fn apply_recipe(config: &mut JobConfig) -> Result<(), ConfigError> {
             return value("quantization.format", "none, because all weights are trained", "a quantized format");
         }
     }
+    recipe.base_quantization = match quantization.format {
+        QuantizationFormat::Nf4 => Some(FourBitCode::Nf4),
+        QuantizationFormat::Fp4 => Some(FourBitCode::Fp4),
+        QuantizationFormat::None | QuantizationFormat::Int8 => None,
+    };
     // The run writes its own checkpoints.
     config.checkpoint.save = false;
     Ok(())

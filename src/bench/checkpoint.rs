@@ -49,7 +49,7 @@ pub fn checkpoint(directory: &Path, world: WorldSize, bytes: u64) -> Result<Vec<
     Ok(vec![Figure::new(format!("checkpoint on {world} ranks"), gigabytes / written, "GB/s", limit)])
 }
 
-fn plan(world: WorldSize, bytes: u64) -> LoadPlan {
+pub(super) fn plan(world: WorldSize, bytes: u64) -> LoadPlan {
     let rows = (bytes / 2 / COLUMNS / TENSORS).max(1);
     let tensor = |index: u64| TensorPlan {
         fqn: format!("w{index}.weight").into(),

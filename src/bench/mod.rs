@@ -10,6 +10,7 @@ mod limits;
 mod load;
 mod nccl;
 mod quantize;
+mod stall;
 
 use std::time::Duration;
 
@@ -21,6 +22,7 @@ pub use device::{load_to_device, quantize_on_device};
 pub use load::{LoadBench, load};
 pub use nccl::nccl;
 pub use quantize::quantize;
+pub use stall::stall;
 
 /// One measured figure.
 #[derive(Clone, Debug, PartialEq, Serialize)]

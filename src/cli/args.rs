@@ -116,6 +116,15 @@ pub enum BenchCommand {
         #[arg(long, default_value_t = 4, value_parser = clap::value_parser!(u32).range(2..=64))]
         ranks: u32,
     },
+    /// The time that training stands still for a checkpoint
+    Stall {
+        /// Where to write
+        #[arg(long, value_name = "DIR")]
+        directory: PathBuf,
+        /// Size of the state in MiB
+        #[arg(long, default_value_t = 512)]
+        mib: u64,
+    },
     /// Writing a checkpoint
     Checkpoint {
         /// Where to write

@@ -228,7 +228,7 @@ fn a_resumed_job_goes_on_with_its_members() {
     let effects = first.join(1).expect("free");
     let [Effect::PersistGeneration(formed)] = &effects[..] else { panic!("{effects:?}") };
     assert_eq!(formed.generation, Generation(8));
-    for (last_checkpoint, saves) in [(None, true), (Some("step-000000000".to_owned()), false)] {
+    for (last_checkpoint, saves) in [(None, true), (Some((Step(0), "step-000000000".to_owned())), false)] {
         let mut second = Job::new(2, SAVE_AND_EXIT);
         second.membership = second.membership.resume(formed.clone(), last_checkpoint);
         assert_eq!((second.membership.generation(), second.membership.phase()), (Generation(8), &Phase::Loading));
@@ -252,4 +252,74 @@ fn members_of_a_resumed_job_that_do_not_come_back_are_silent() {
         second.apply(Event::Tick).expect("no refusal");
     }
     assert!(matches!(second.membership.phase(), Phase::Aborted(cause) if cause.rank == Some(Rank(0))));
+}
+
+const TRAIN: AfterLoad = AfterLoad { save: None, train: true, then: ExitPolicy::Exit };
+
+impl Job {
+    fn snapshot(&mut self, step: u64) -> Vec<Effect> {
+        let member = self.id(0);
+        let event = Event::SnapshotTaken { member, generation: Generation(8), step: Step(step) };
+        self.apply(event).expect("current")
+    }
+
+    fn trained(&mut self, rank: usize) {
+        let member = self.id(rank);
+        self.apply(Event::Trained { member, generation: Generation(8) }).expect("current");
+    }
+
+    fn commit(&mut self, step: u64) -> Vec<Effect> {
+        self.apply(Event::SaveBegun { attempt: Attempt(3), directory: String::new() }).expect("no refusal");
+        for rank in 0..self.membership.members().len() {
+            let member = self.id(rank);
+            let rank = Rank(u32::try_from(rank).expect("small"));
+            let chunks = Vec::new();
+            let receipt = ShardReceipt { rank, file: None, chunks, nested_offsets: Vec::new(), training: None };
+            let (generation, step, attempt) = (Generation(8), Step(step), Attempt(3));
+            let saved = Event::Saved { member, generation, step, attempt, receipt: Box::new(receipt) };
+            self.apply(saved).expect("current");
+        }
+        assert!(matches!(self.membership.phase(), Phase::Committing { .. }), "{:?}", self.membership.phase());
+        self.apply(Event::Committed { directory: format!("step-{step}") }).expect("no refusal")
+    }
+}
+
+/// A checkpoint that is asked for while another is written follows it; one that is committed already is not begun again;
+/// the job ends when all ranks have trained and nothing is being written.
+#[test]
+fn a_training_job_saves_in_turn_and_ends_when_all_have_trained() {
+    let mut job = Job::formed(2, TRAIN);
+    job.loaded(0).expect("current");
+    assert!(!job.membership.is_training());
+    job.loaded(1).expect("current");
+    assert!(job.membership.is_training());
+    assert!(matches!(job.snapshot(10)[..], [Effect::BeginSave(Step(10))]));
+    assert!(job.snapshot(10).is_empty());
+    assert!(job.snapshot(20).is_empty());
+    assert!(matches!(job.commit(10)[..], [Effect::BeginSave(Step(20))]));
+    assert_eq!(job.membership.committed_step(), Some(Step(10)));
+    job.trained(0);
+    job.trained(1);
+    assert!(job.membership.is_training(), "the last checkpoint is still being written");
+    assert!(job.commit(20).is_empty());
+    assert_eq!(job.membership.phase(), &Phase::Finished);
+}
+
+/// A drain of a training job waits for the run to stop by itself.
+#[test]
+fn a_drain_while_training_ends_with_the_training() {
+    let mut job = Job::formed(1, TRAIN);
+    job.loaded(0).expect("current");
+    job.apply(Event::DrainRequested(Some(Step(0)))).expect("accepted");
+    assert!(job.membership.is_training() && job.membership.is_draining());
+    assert!(matches!(job.snapshot(7)[..], [Effect::BeginSave(Step(7))]));
+    assert!(job.snapshot(7).is_empty());
+    job.trained(0);
+    assert!(job.commit(7).is_empty());
+    assert_eq!(job.membership.phase(), &Phase::Finished);
+    let mut again = Job::formed(1, TRAIN);
+    again.loaded(0).expect("current");
+    assert!(matches!(again.snapshot(7)[..], [Effect::BeginSave(Step(7))]));
+    again.commit(7);
+    assert!(again.snapshot(7).is_empty(), "it is committed");
 }

@@ -36,6 +36,7 @@ pub(super) struct Norm {
 
 /// Query, key and value projections.
 #[derive(Debug)]
+#[expect(clippy::large_enum_variant, reason = "one for each block, and never moved")]
 pub(super) enum Projections {
     Separate {
         query: Linear,

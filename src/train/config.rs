@@ -5,6 +5,7 @@ use std::path::{Path, PathBuf};
 use serde::{Deserialize, Serialize};
 
 use crate::data::DataConfig;
+use crate::quant::FourBitCode;
 use crate::recipe::schedule::ScheduleKind;
 
 /// What of the model is trained.
@@ -45,6 +46,9 @@ pub struct Recipe {
     /// Compute the inside of each block again in the backward pass instead of keeping it.
     #[serde(default = "yes")]
     pub activation_checkpointing: bool,
+    /// The 4-bit format of the base; filled in from the job's `[quantization]`.
+    #[serde(default)]
+    pub base_quantization: Option<FourBitCode>,
     /// The directory of `tokenizer.json`; the model's by default.
     #[serde(default)]
     pub tokenizer: Option<PathBuf>,
@@ -144,7 +148,7 @@ impl Default for OptimizerRecipe {
 #[derive(Clone, Debug, Default, PartialEq, Eq, Serialize, Deserialize)]
 #[serde(deny_unknown_fields, rename_all = "kebab-case", default)]
 pub struct EvaluationRecipe {
-    /// Evaluate after every so many steps, and at the end; 0 for never.
+    /// Evaluate before the first step, after every so many steps, and at the end; 0 for never.
     pub every_steps: u64,
     /// End after so many evaluations without a better one; 0 for never.
     pub patience: u32,

@@ -10,7 +10,7 @@
 use candle_core::backprop::GradStore;
 use candle_core::{Tensor, Var};
 
-use crate::nn::{Decoder, DropoutKey, Pass, Tokens};
+use crate::nn::{Decoder, DropoutKey, Pass, Tokens, seed};
 use crate::types::Fqn;
 
 use super::TrainError;
@@ -90,7 +90,7 @@ impl<'a> Engine<'a> {
             gradient = self.block_backward((block, input, output), gradient, (&pass, layout), exchange)?;
         }
         if self.trains_embedding {
-            let store = (embedded * gradient)?.sum_all()?.backward()?;
+            let store = seed(&embedded, &gradient)?.backward()?;
             self.collect(&store, layout)?;
         }
         Ok(LossSum { nats, tokens: counted })
@@ -175,8 +175,7 @@ impl<'a> Engine<'a> {
             Some(output) => output,
             None => self.decoder.block(block, input.as_tensor(), pass)?,
         };
-        // The gradient of sum(output * gradient) is `gradient` at the output.
-        let store = (output * gradient)?.sum_all()?.backward()?;
+        let store = seed(&output, &gradient)?.backward()?;
         self.base.clear(self.decoder.block_tensors(block));
         self.collect(&store, layout)?;
         take(store, &input)

@@ -31,7 +31,7 @@ impl Policy {
 pub fn keeps(policy: Policy, newest_first: &[Step], step: Step) -> bool {
     let age = newest_first.iter().position(|&known| known == step);
     let is_new = policy.last == 0 || age.is_some_and(|age| crate::types::as_u64(age) < policy.last);
-    is_new || (policy.every > 0 && step.0 % policy.every == 0) || policy.best == Some(step)
+    is_new || (policy.every > 0 && step.0.is_multiple_of(policy.every)) || policy.best == Some(step)
 }
 
 #[cfg(test)]

@@ -132,6 +132,7 @@ impl<'a> Setup<'a> {
         let total_steps = self.recipe.total_steps(sequences);
         let reporter = self.reporter(step, total_steps)?;
         let elements = layout.elements();
+        let writer = self.writer((&layout, &shards), tell)?;
         let mut run = Run {
             total_steps,
             rate: self.rate(total_steps),
@@ -142,7 +143,7 @@ impl<'a> Setup<'a> {
             parameters,
             engine,
             exchange,
-            writer: self.writer(tell)?,
+            writer,
             reporter,
             control: self.control,
             step,
@@ -232,12 +233,14 @@ impl<'a> Setup<'a> {
         }
     }
 
-    fn writer(&self, tell: Tell) -> Result<Option<Writer>, TrainError> {
+    /// The snapshot's memory is touched here, so that the first snapshot is no slower than the others.
+    fn writer(&self, (layout, shards): (&Layout, &Shards), tell: Tell) -> Result<Option<Writer>, TrainError> {
         if self.root.is_none() {
             return Ok(None);
         }
         let state = &self.train.state;
-        let memory = StateDict::allocate(state, self.group.rank, Device::Host)?;
+        let mut memory = StateDict::allocate(state, self.group.rank, Device::Host)?;
+        shards.copy_to(layout, &mut memory)?;
         let writer = Writer::start(state.clone(), memory, self.control.clone(), tell);
         writer.map(Some).map_err(|error| bad("the thread that writes checkpoints", "to start", &error.to_string()))
     }

@@ -221,7 +221,7 @@ impl Run<'_, '_> {
     fn evaluation_is_due(&self) -> bool {
         let every = self.recipe.evaluation.every_steps;
         let boundary = self.step.is_multiple_of(every.max(1)) || self.step >= self.total_steps;
-        every > 0 && self.step > 0 && boundary && self.training.last_evaluation != Some(Step(self.step))
+        every > 0 && boundary && self.training.last_evaluation != Some(Step(self.step))
     }
 
     fn evaluate_if_due(&mut self) -> Result<Evaluated, TrainError> {
@@ -254,8 +254,11 @@ impl Run<'_, '_> {
     fn evaluated(&mut self, total: f64, tokens: u64) -> Result<Evaluated, TrainError> {
         let loss = (total / as_f64(tokens.max(1))) as f32;
         let training = &mut self.training;
-        let best = training.best.is_none_or(|best| loss < f32::from_bits(best.loss.0));
-        if best {
+        // Before the first step there is nothing that could be kept.
+        let best = self.step > 0 && training.best.is_none_or(|best| loss < f32::from_bits(best.loss.0));
+        if self.step == 0 {
+            training.evaluations_since_best = 0;
+        } else if best {
             training.best = Some(BestEvaluation { step: Step(self.step), loss: f32Bits(loss.to_bits()) });
             training.evaluations_since_best = 0;
         } else {

@@ -5,7 +5,7 @@ use rayon::prelude::*;
 use super::vector::{TASK, exp};
 
 /// sqrt(2 / pi).
-const GELU_SCALE: f32 = 0.797_884_56;
+const GELU_SCALE: f32 = 0.797_884_6;
 const GELU_CUBE: f32 = 0.044_715;
 
 /// `silu(gate) * up`.

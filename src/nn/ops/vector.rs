@@ -55,7 +55,7 @@ pub(super) fn largest(values: &[f32]) -> f32 {
 ///
 /// Cody and Waite's reduction by multiples of ln 2, then the Taylor polynomial of degree 7 on `[-ln 2 / 2, ln 2 / 2]`.
 #[inline]
-#[expect(clippy::excessive_precision, clippy::approx_constant, reason = "ln 2 is split in two parts on purpose")]
+#[expect(clippy::excessive_precision, reason = "ln 2 is split in two parts on purpose")]
 pub(in crate::nn) fn exp(x: f32) -> f32 {
     // Adding 1.5 * 2^23 leaves the rounded number in the low bits of the sum.
     const ROUND: f32 = 12_582_912.0;

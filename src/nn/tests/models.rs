@@ -167,7 +167,7 @@ fn documents_in_one_row_do_not_see_each_other() {
     for name in ["mistral", "gpt2"] {
         let (model, golden) = Model::tiny(name, Train::Nothing);
         let apart = tokens(&golden["ids"]);
-        let starts = vec![[0_u32; 12], [12; 12]].concat();
+        let starts = [[0_u32; 12], [12; 12]].concat();
         let packed = Tokens { starts, batch: 1, seq: 24, ..apart };
         assert_close(name, &logits(&model.decoder(), &packed), &golden["logits"], LOGITS);
     }
