@@ -70,6 +70,8 @@ def convert(path, directory):
     weights = {name: tensor.contiguous() for name, tensor in model.state_dict().items()}
     if not all(tensor.dtype == torch.float32 for tensor in weights.values()):
         raise ValueError(f"{path}: transformers left weights that are not f32")
+    if hasattr(model.config, "quantization_config"):
+        del model.config.quantization_config
     plain = transformers.AutoModelForCausalLM.from_config(model.config, dtype=torch.float32)
     plain.load_state_dict(weights)
     plain.save_pretrained(directory)

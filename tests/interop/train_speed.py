@@ -72,6 +72,7 @@ tokenizer = {quoted["tokenizer"]}
 [train.data]
 train = {json.dumps(str(arguments.work / "text.txt"))}
 sequence-length = {arguments.sequence}
+shuffle = false
 [train.lora]
 r = {RANK}
 alpha = {ALPHA}
