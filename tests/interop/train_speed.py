@@ -8,7 +8,8 @@ Both train LoRA matrices of rank 8 on all linear layers over an NF4 base with do
 one process with the threads that it takes by itself. Ours is a job of one rank; its figures are those of metrics.jsonl. Theirs
 is a bare loop without Trainer's overheads: load_in_4bit on CPU, prepare_model_for_kbit_training, forward, backward, clip, step.
 Activation checkpointing is on in both, as both have it by default, and off in both. Theirs computes in f32, as ours does, and
-in bf16 too. All of them see the same text, cut into the same sequences; so the mean losses should agree. Runs are short and in
+in bf16 too. All of them see the same sequences in the same order, so the mean losses nearly agree; a job's sequences have one
+target more each, the token that the next one starts with, and matrices A start from other random numbers. Runs are short and in
 turn, each in a process of its own; of each the first two steps do not count. A line says the median over all counted steps.
 Exit status 1 if ours with checkpointing is below `--least` times theirs with it in f32.
 
