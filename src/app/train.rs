@@ -79,6 +79,13 @@ pub(super) fn apply_recipe(config: &mut JobConfig) -> Result<(), ConfigError> {
     let Some(recipe) = &mut config.train else { return Ok(()) };
     let value = |key, expected, found: &str| Err(ConfigError::Value { key, expected, found: found.to_owned() });
     recipe.check().map_err(|(key, expected, found)| ConfigError::Value { key, expected, found })?;
+    if let Err(error) = recipe.data.validate() {
+        return value("train.data", "data that can be read", &chain(&error));
+    }
+    if recipe.evaluation.every_steps > 0 && !recipe.data.evaluates() {
+        let expected = "evaluation or evaluation-fraction, because train.evaluation.every-steps is set";
+        return value("train.data", expected, "neither");
+    }
     if config.checkpoint.directory.is_none() {
         return value("checkpoint.directory", "a directory, because the job trains", "nothing");
     }

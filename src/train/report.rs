@@ -6,6 +6,7 @@ use std::collections::VecDeque;
 use std::path::Path;
 
 use crate::clock::Instant;
+use crate::data::Dataset;
 use crate::membership::TrainingProgress;
 use crate::metrics::{EvaluationRecord, MetricsWriter, StepRecord, line};
 use crate::types::as_f64;
@@ -30,6 +31,18 @@ pub(super) struct StepFigures {
     /// Tokens that went through the model.
     pub(super) tokens: u64,
     pub(super) seconds: f64,
+}
+
+/// What the training data are, and which lines of it were passed over.
+pub(super) fn data(dataset: &Dataset) {
+    let counts = dataset.counts();
+    tracing::info!("training data: {}", counts.train);
+    if counts.evaluation.sequences > 0 {
+        tracing::info!("held-out data: {}", counts.evaluation);
+    }
+    for line in dataset.bad_lines() {
+        tracing::warn!("passed over: {line}");
+    }
 }
 
 /// Rank 0's reporter; other ranks have none.

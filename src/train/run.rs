@@ -24,7 +24,7 @@ use super::control::Control;
 use super::engine::Engine;
 use super::exchange::Exchange;
 use super::parameters::{ModelParameters, first_values};
-use super::report::Reporter;
+use super::report::{self, Reporter};
 use super::snapshot::{Tell, Writer};
 use super::state::{Layout, Shards};
 use super::steps::Run;
@@ -131,6 +131,12 @@ impl<'a> Setup<'a> {
         let sequences = dataset.sequences(Split::Train);
         let total_steps = self.recipe.total_steps(sequences);
         let reporter = self.reporter(step, total_steps)?;
+        if self.recipe.evaluation.every_steps > 0 && dataset.sequences(Split::Evaluation) == 0 {
+            return Err(bad("train.evaluation.every-steps", "held-out data to evaluate on", "none"));
+        }
+        if reporter.is_some() {
+            report::data(&dataset);
+        }
         let elements = layout.elements();
         let writer = self.writer((&layout, &shards), tell)?;
         let mut run = Run {

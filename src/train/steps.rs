@@ -221,12 +221,13 @@ impl Run<'_, '_> {
     fn evaluation_is_due(&self) -> bool {
         let every = self.recipe.evaluation.every_steps;
         let boundary = self.step.is_multiple_of(every.max(1)) || self.step >= self.total_steps;
-        every > 0 && boundary && self.training.last_evaluation != Some(Step(self.step))
+        let held_out = self.dataset.sequences(Split::Evaluation) > 0;
+        every > 0 && held_out && boundary && self.training.last_evaluation != Some(Step(self.step))
     }
 
     fn evaluate_if_due(&mut self) -> Result<Evaluated, TrainError> {
         let sequences = self.dataset.sequences(Split::Evaluation);
-        if !self.evaluation_is_due() || sequences == 0 {
+        if !self.evaluation_is_due() {
             return Ok(Evaluated::default());
         }
         let mut sum = LossSum::default();
