@@ -7,7 +7,9 @@ use super::config::OptimizerRecipe;
 /// The constants of one step.
 #[derive(Clone, Copy, Debug)]
 pub(super) struct AdamW {
-    betas: (f32, f32),
+    /// The second beta, and what both leave: computed in f64, because 1 - 0.999 has few digits in f32.
+    beta2: f32,
+    rests: (f32, f32),
     epsilon: f32,
     /// Learning rate over the correction of the first moment.
     step_size: f32,
@@ -25,7 +27,8 @@ impl AdamW {
         let step_size = learning_rate / (1.0 - beta1.powi(power));
         let root_correction = (1.0 - beta2.powi(power)).sqrt();
         Self {
-            betas: (beta1 as f32, beta2 as f32),
+            beta2: beta2 as f32,
+            rests: ((1.0 - beta1) as f32, (1.0 - beta2) as f32),
             epsilon: recipe.epsilon as f32,
             step_size: step_size as f32,
             root_correction: root_correction as f32,
@@ -43,12 +46,12 @@ impl AdamW {
         weight_decay: f64,
     ) {
         let keep = (1.0 - self.learning_rate * weight_decay) as f32;
-        let (beta1, beta2) = self.betas;
+        let (rest1, rest2) = self.rests;
         let moments = first.iter_mut().zip(second);
         for ((parameter, (first, second)), gradient) in parameter.iter_mut().zip(moments).zip(gradient) {
             let gradient = gradient * scale;
-            *first += (gradient - *first) * (1.0 - beta1);
-            *second = *second * beta2 + gradient * gradient * (1.0 - beta2);
+            *first += (gradient - *first) * rest1;
+            *second = *second * self.beta2 + gradient * gradient * rest2;
             let denominator = second.sqrt() / self.root_correction + self.epsilon;
             *parameter = *parameter * keep - self.step_size * *first / denominator;
         }
