@@ -255,3 +255,21 @@ fn fine_tuning_lowers_the_held_out_loss() {
     let [before, after] = evaluations[..] else { panic!("before and after: {evaluations:?}") };
     assert!(after < before - 0.3, "held-out loss {before} before and {after} after");
 }
+
+/// What happened: an output without a directory in its name was refused after all the work, because "" cannot be synced.
+#[test]
+fn forward_writes_into_the_working_directory() {
+    let place = Place::new();
+    let header = br#"{"input_ids":{"dtype":"I64","shape":[1,3],"data_offsets":[0,24]}}"#;
+    let mut file = u64::try_from(header.len()).expect("small").to_le_bytes().to_vec();
+    file.extend_from_slice(header);
+    file.extend([5_u64, 6, 7].into_iter().flat_map(u64::to_le_bytes));
+    std::fs::write(place.path("ids.safetensors"), file).expect("an input");
+    let arguments = ["model", "forward", "--model", MODEL, "--input", "ids.safetensors", "--output", "out.safetensors"];
+    let mut command = place.command(&arguments);
+    command.current_dir(place.path(""));
+    let ended = place.start_command(command).wait();
+    assert_eq!(ended.code, Some(0), "{}", ended.stderr);
+    // One row of three tokens over 2048, f32.
+    assert!(std::fs::metadata(place.path("out.safetensors")).expect("an output").len() > 3 * 2048 * 4);
+}

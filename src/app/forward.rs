@@ -177,7 +177,8 @@ fn split(path: &Path) -> Result<(LocalStore, &str), ForwardError> {
         expected: "a file's name in UTF-8",
         found: "none".to_owned(),
     })?;
-    Ok((LocalStore::new(path.parent().unwrap_or_else(|| Path::new(""))), name))
+    let directory = path.parent().filter(|directory| !directory.as_os_str().is_empty());
+    Ok((LocalStore::new(directory.unwrap_or_else(|| Path::new("."))), name))
 }
 
 fn skeleton(plan: &LoadPlan) -> Result<Skeleton, ForwardError> {

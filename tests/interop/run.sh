@@ -92,6 +92,10 @@ install_training
 model=$(smollm2)
 timeout 1800 "$python" "$here/forward.py" --binary "$work/weightcast" --model "$repository/tests/data/tiny-llama" \
   --smollm2 "$model" --work "$work/forward" || failed=1
+timeout 900 "$python" "$here/adapters.py" --binary "$work/weightcast" --model "$repository/tests/data/tiny-llama" \
+  --work "$work/adapters" || failed=1
+timeout 900 "$python" "$here/trained.py" --binary "$work/weightcast" --model "$repository/tests/data/tiny-llama" \
+  --data "$repository/tests/data/devils-dictionary.jsonl" --work "$work/trained" || failed=1
 # A figure of a release build on a quiet machine, and half an hour: only where it is asked for.
 if [ "${INTEROP_SPEED:-0}" = 1 ]; then
   timeout 7200 "$python" "$here/train_speed.py" --binary "$work/weightcast" --smollm2 "$model" \
