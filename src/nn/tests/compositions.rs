@@ -224,43 +224,49 @@ impl Function for Alone {
     }
 }
 
+/// Two rows of three tokens.
+fn two_rows() -> Pass {
+    let tokens = Tokens { starts: vec![0; 6], ids: vec![0; 6], targets: vec![0; 6], batch: 2, seq: 3 };
+    Pass::new(&tokens, None, Some(KEY))
+}
+
+const INPUTS: usize = 5;
+const OUTPUTS: usize = 4;
+
+/// The kind `case` of 32: the weight's order, whether it is trained, dropout, DoRA, and whether there is an adapter.
+fn layer_of(case: u32) -> Linear {
+    let (inputs, outputs) = (INPUTS, OUTPUTS);
+    let on = |bit: u32| case >> bit & 1 == 1;
+    let order = if on(0) { Order::InOut } else { Order::OutIn };
+    let [rows, columns] = if on(0) { [inputs, outputs] } else { [outputs, inputs] };
+    let weight = variable(1, rows, columns);
+    let weight = if on(1) {
+        Parameter::Trainable(weight)
+    } else {
+        let slot = FrozenWeight::new("w".into(), super::support::shape(&weight));
+        slot.fill(weight.as_tensor().clone());
+        Parameter::Frozen(slot)
+    };
+    let bias = Var::from_vec(random(2, outputs), outputs, &Device::Cpu).expect("a variable");
+    let magnitude = Var::from_vec(random(3, outputs), outputs, &Device::Cpu).expect("a variable");
+    let adapter = Lora {
+        a: variable(4, 2, inputs),
+        b: variable(5, outputs, 2),
+        scale: 1.5,
+        dropout: if on(2) { 0.4 } else { 0.0 },
+        magnitude: on(3).then_some(magnitude),
+        key: 9,
+    };
+    Linear { weight, order, inputs, outputs, bias: Some(Parameter::Trainable(bias)), adapter: on(4).then_some(adapter) }
+}
+
 /// Every kind of linear layer, with every kind of adapter, against the composition; values and gradients. The
 /// composition's own gradients are those of PEFT (models.rs) where no dropout is.
 #[test]
 fn linear_layers_equal_their_composition() {
-    let tokens = Tokens { starts: vec![0; 6], ids: vec![0; 6], targets: vec![0; 6], batch: 2, seq: 3 };
-    let (inputs, outputs) = (5, 4);
     for case in 0..32_u32 {
-        let on = |bit: u32| case >> bit & 1 == 1;
-        let order = if on(0) { Order::InOut } else { Order::OutIn };
-        let [rows, columns] = if on(0) { [inputs, outputs] } else { [outputs, inputs] };
-        let weight = variable(1, rows, columns);
-        let weight = if on(1) {
-            Parameter::Trainable(weight)
-        } else {
-            let slot = FrozenWeight::new("w".into(), super::support::shape(&weight));
-            slot.fill(weight.as_tensor().clone());
-            Parameter::Frozen(slot)
-        };
-        let bias = Var::from_vec(random(2, outputs), outputs, &Device::Cpu).expect("a variable");
-        let magnitude = Var::from_vec(random(3, outputs), outputs, &Device::Cpu).expect("a variable");
-        let adapter = Lora {
-            a: variable(4, 2, inputs),
-            b: variable(5, outputs, 2),
-            scale: 1.5,
-            dropout: if on(2) { 0.4 } else { 0.0 },
-            magnitude: on(3).then_some(magnitude),
-            key: 9,
-        };
-        let layer = Linear {
-            weight,
-            order,
-            inputs,
-            outputs,
-            bias: Some(Parameter::Trainable(bias)),
-            adapter: on(4).then_some(adapter),
-        };
-        let (pass, x, given) = (Pass::new(&tokens, None, Some(KEY)), variable(6, 6, inputs), tensor(7, 6, outputs));
+        let layer = layer_of(case);
+        let (pass, x, given) = (two_rows(), variable(6, 6, INPUTS), tensor(7, 6, OUTPUTS));
         let expected = composed::linear(&layer, &x, &pass).expect("a composition");
         let variables = layer.variables();
         let found = apply(Alone(layer, pass), &x).expect("a node");
@@ -272,6 +278,73 @@ fn linear_layers_equal_their_composition() {
             let (found, expected) = (found.get(variable).expect("found"), expected.get(variable).expect("found"));
             assert_close(&what, found, expected, TOLERANCE);
         }
+    }
+}
+
+/// The same layers against central differences of their forward, within 2e-3 of the largest slope. DoRA takes the norm for a
+/// constant (liu2024, section 4.3), so matrices beneath it have other gradients than the function has slopes; those are
+/// compared with PEFT's (models.rs).
+#[test]
+fn linear_layers_have_the_slopes_of_their_function() {
+    const STEP: f32 = 1.0 / 64.0;
+    let given = tensor(7, 6, OUTPUTS);
+    let given_values = super::support::values(&given);
+    for case in 0..32_u32 {
+        let x = variable(6, 6, INPUTS);
+        let node = apply(Alone(layer_of(case), two_rows()), &x).expect("a node");
+        let twin = layer_of(case);
+        let dora = twin.adapter.as_ref().is_some_and(|adapter| adapter.magnitude.is_some());
+        let variables = twin.variables();
+        let alone = Alone(twin, two_rows());
+        let value = || -> f64 {
+            let (out, ..) = alone.forward(&x, false).expect("a forward");
+            out.iter().zip(&given_values).map(|(out, given)| f64::from(*out) * f64::from(*given)).sum()
+        };
+        let gradients = seed(&node, &given).expect("a scalar").backward().expect("a backward");
+        let of_x = super::support::values(gradients.get(&x).expect("found"));
+        check_slopes(&format!("case {case:05b} x"), &x, &of_x, STEP, &value);
+        for (index, variable) in
+            variables.iter().enumerate().filter(|(_, variable)| !dora || variable.dims().len() == 1)
+        {
+            let found = gradient_of(case, index, &x, &given);
+            check_slopes(&format!("case {case:05b} variable {index}"), variable, &found, STEP, &value);
+        }
+    }
+}
+
+/// The gradient of variable `index` of a fresh layer of the kind `case`.
+fn gradient_of(case: u32, index: usize, x: &Var, given: &Tensor) -> Vec<f32> {
+    let layer = layer_of(case);
+    let variables = layer.variables();
+    let node = apply(Alone(layer, two_rows()), x).expect("a node");
+    let gradients = seed(&node, given).expect("a scalar").backward().expect("a backward");
+    super::support::values(gradients.get(&variables[index]).expect("found"))
+}
+
+/// That `found` is the derivative of `value` by `variable`, which is moved and put back.
+fn check_slopes(what: &str, variable: &Var, found: &[f32], step: f32, value: &dyn Fn() -> f64) {
+    let values = super::support::values(variable);
+    let put = |values: &[f32]| {
+        let moved = Tensor::from_slice(values, variable.shape(), &Device::Cpu).expect("a tensor");
+        variable.set(&moved).expect("the same shape");
+    };
+    let slopes: Vec<f64> = (0..values.len())
+        .map(|index| {
+            let mut moved = values.clone();
+            moved[index] = values[index] + step;
+            put(&moved);
+            let above = value();
+            moved[index] = values[index] - step;
+            put(&moved);
+            (above - value()) / (2.0 * f64::from(step))
+        })
+        .collect();
+    put(&values);
+    let largest = slopes.iter().fold(0.0_f64, |largest, slope| largest.max(slope.abs()));
+    assert!(largest > 1e-2, "{what}: nothing depends on it");
+    for (slope, found) in slopes.iter().zip(found) {
+        let off = (slope - f64::from(*found)).abs();
+        assert!(off <= 2e-3 * largest, "{what}: {found}, by differences {slope}, largest {largest}");
     }
 }
 
