@@ -5,26 +5,60 @@ use std::sync::Arc;
 use candle_core::{Result, Shape, Tensor, Var};
 
 use super::layers::{Attention, Block, Linear, Mlp, Norm, Projections};
+use super::ops::adapter::AdapterSaved;
 use super::ops::attention::{self, AttentionSaved, Qkv};
 use super::ops::fused::{Function, Gradients, apply};
-use super::ops::linear::{self, AdapterSaved};
+use super::ops::linear;
 use super::ops::matrix::{Held, Matrix};
 use super::ops::norm::NormSaved;
 use super::ops::rotary::Rotation;
 use super::ops::{activation, vector};
-use super::{Pass, composed, norm};
+use super::{Pass, composed, norm, seed};
 
 /// Block over activations f32 `[rows, hidden]`.
 pub(super) fn forward(block: &Arc<Block>, x: &Tensor, pass: &Pass) -> Result<Tensor> {
-    let (rows, _) = x.dims2()?;
-    if rows != pass.batch * pass.seq {
-        candle_core::bail!("activations of {rows} tokens in a pass of {} x {}", pass.batch, pass.seq);
-    }
+    check_rows(x, pass)?;
     if x.device().is_cpu() {
         apply(BlockFunction { block: Arc::clone(block), pass: pass.clone() }, x)
     } else {
         composed::block(block, x, pass)
     }
+}
+
+/// As [`forward`], without a graph.
+pub(super) fn infer(block: &Arc<Block>, x: &Tensor, pass: &Pass) -> Result<Tensor> {
+    check_rows(x, pass)?;
+    if !x.device().is_cpu() {
+        return Ok(composed::block(block, &x.detach(), pass)?.detach());
+    }
+    let function = BlockFunction { block: Arc::clone(block), pass: pass.clone() };
+    function.whole(Held::new(x)?.data()?, false)?.0.into_tensor()
+}
+
+/// The gradients of a block's input and variables from that of its output; the forward that they need is made here, but for
+/// the last product, which none of them needs.
+pub(super) fn backward(block: &Arc<Block>, x: &Tensor, gradient: &Tensor, pass: &Pass) -> Result<(Tensor, Gradients)> {
+    check_rows(x, pass)?;
+    let x = x.detach();
+    if !x.device().is_cpu() {
+        let leaf = Var::from_tensor(&x)?;
+        let mut store = seed(&composed::block(block, &leaf, pass)?, gradient)?.backward()?;
+        let input = store.remove(&leaf).map_or_else(|| x.zeros_like(), Ok)?;
+        return Ok((input.detach(), Gradients::from_store(&mut store, &block.variables())));
+    }
+    let function = BlockFunction { block: Arc::clone(block), pass: pass.clone() };
+    let saved = function.recall(Held::new(&x)?.data()?)?;
+    let mut found = Gradients::default();
+    let input = function.backward(&x, saved, &gradient.detach(), &mut found)?;
+    Ok((input, found))
+}
+
+fn check_rows(x: &Tensor, pass: &Pass) -> Result<()> {
+    let (rows, _) = x.dims2()?;
+    if rows != pass.batch * pass.seq {
+        candle_core::bail!("activations of {rows} tokens in a pass of {} x {}", pass.batch, pass.seq);
+    }
+    Ok(())
 }
 
 struct BlockFunction {
@@ -71,18 +105,10 @@ impl Function for BlockFunction {
         self.block.variables()
     }
 
-    fn forward(&self, x: &Tensor, _: bool) -> Result<(Vec<f32>, Shape, Saved)> {
-        let held = Held::new(x)?;
-        let x = held.data()?;
-        let attention_norm = norm::forward(&self.block.attention_norm, x)?;
-        let (mut middle, attention) = self.attend(&attention_norm.0)?;
-        vector::update(middle.data_mut(), x, |out, x| out + x);
-        let mlp_norm = norm::forward(&self.block.mlp_norm, middle.data())?;
-        let (out, mlp) = self.mlp(&mlp_norm.0)?;
-        let shape = Shape::from((middle.rows(), middle.columns()));
-        let mut out = out;
-        vector::update(out.data_mut(), middle.data(), |out, x| out + x);
-        Ok((out.into_vec(), shape, Saved { attention_norm, attention, middle, mlp_norm, mlp }))
+    fn forward(&self, x: &Tensor, wanted: bool) -> Result<(Vec<f32>, Shape, Saved)> {
+        let (out, saved) = self.whole(Held::new(x)?.data()?, wanted)?;
+        let shape = Shape::from((out.rows(), out.columns()));
+        Ok((out.into_vec(), shape, saved))
     }
 
     fn backward(&self, x: &Tensor, saved: Saved, gradient: &Tensor, found: &mut Gradients) -> Result<Tensor> {
@@ -102,8 +128,40 @@ impl Function for BlockFunction {
 }
 
 impl BlockFunction {
-    fn linear(&self, layer: &Linear, x: &Matrix) -> Result<(Matrix, Adapter)> {
-        linear::forward(layer, x.view(), x.data(), &self.pass)
+    /// The block's output, with what a backward needs where one is `wanted`.
+    fn whole(&self, x: &[f32], wanted: bool) -> Result<(Matrix, Saved)> {
+        let mut saved = self.inner(x, wanted)?;
+        let (mut out, adapter) = self.linear(self.down(), &saved.mlp.inner, wanted)?;
+        saved.mlp.adapters[2] = adapter;
+        vector::update(out.data_mut(), saved.middle.data(), |out, x| out + x);
+        Ok((out, saved))
+    }
+
+    /// What a backward needs, without the output.
+    fn recall(&self, x: &[f32]) -> Result<Saved> {
+        let mut saved = self.inner(x, true)?;
+        saved.mlp.adapters[2] = linear::recall(self.down(), &saved.mlp.inner, &self.pass)?;
+        Ok(saved)
+    }
+
+    /// All but the last product.
+    fn inner(&self, x: &[f32], wanted: bool) -> Result<Saved> {
+        let attention_norm = norm::forward(&self.block.attention_norm, x)?;
+        let (mut middle, attention) = self.attend(&attention_norm.0, wanted)?;
+        vector::update(middle.data_mut(), x, |out, x| out + x);
+        let mlp_norm = norm::forward(&self.block.mlp_norm, middle.data())?;
+        let mlp = self.mlp(&mlp_norm.0, wanted)?;
+        Ok(Saved { attention_norm, attention, middle, mlp_norm, mlp })
+    }
+
+    fn down(&self) -> &Linear {
+        match &self.block.mlp {
+            Mlp::Gated { down, .. } | Mlp::Plain { down, .. } => down,
+        }
+    }
+
+    fn linear(&self, layer: &Linear, x: &Matrix, wanted: bool) -> Result<(Matrix, Adapter)> {
+        linear::forward(layer, (x, &self.pass), wanted)
     }
 
     fn linear_backward(
@@ -113,18 +171,19 @@ impl BlockFunction {
         gradient: &Matrix,
         found: &mut Gradients,
     ) -> Result<Matrix> {
-        linear::backward(layer, (x.view(), &self.pass), saved, gradient, found)
+        linear::backward(layer, (x, &self.pass), saved, gradient, found)
     }
 
-    fn attend(&self, x: &Matrix) -> Result<(Matrix, SavedAttention)> {
+    fn attend(&self, x: &Matrix, wanted: bool) -> Result<(Matrix, SavedAttention)> {
         let Attention { projections, head_norms, output, shape } = &self.block.attention;
         let (mut qkv, projections) = match projections {
             Projections::Separate { query, key, value } => {
-                let (query, key, value) = (self.linear(query, x)?, self.linear(key, x)?, self.linear(value, x)?);
+                let linear = |layer| self.linear(layer, x, wanted);
+                let (query, key, value) = (linear(query)?, linear(key)?, linear(value)?);
                 (Qkv { query: query.0, key: key.0, value: value.0 }, vec![query.1, key.1, value.1])
             }
             Projections::Joint(joint) => {
-                let (joint, adapter) = self.linear(joint, x)?;
+                let (joint, adapter) = self.linear(joint, x, wanted)?;
                 let sizes = [shape.query_size(), shape.key_value_size(), shape.key_value_size()];
                 let [query, key, value] = split(&joint, sizes);
                 (Qkv { query, key, value }, vec![adapter])
@@ -145,7 +204,7 @@ impl BlockFunction {
         };
         self.rotate(&mut qkv, 1.0)?;
         let (mixed, kernel) = attention::forward(&qkv, *shape, &self.pass)?;
-        let (out, output) = self.linear(output, &mixed)?;
+        let (out, output) = self.linear(output, &mixed, wanted)?;
         Ok((out, SavedAttention { projections, unnormed, qkv, kernel, mixed, output }))
     }
 
@@ -198,22 +257,22 @@ impl BlockFunction {
         Ok(())
     }
 
-    fn mlp(&self, x: &Matrix) -> Result<(Matrix, SavedMlp)> {
-        let (gate, up, inner, down) = match &self.block.mlp {
-            Mlp::Gated { gate, up, down } => {
-                let (gate, up) = (self.linear(gate, x)?, self.linear(up, x)?);
+    /// The MLP up to its last product.
+    fn mlp(&self, x: &Matrix, wanted: bool) -> Result<SavedMlp> {
+        let (gate, up, inner) = match &self.block.mlp {
+            Mlp::Gated { gate, up, .. } => {
+                let (gate, up) = (self.linear(gate, x, wanted)?, self.linear(up, x, wanted)?);
                 let inner = activation::silu_mul(gate.0.data(), up.0.data());
-                ((Some(gate.0), gate.1), up, inner, down)
+                ((Some(gate.0), gate.1), up, inner)
             }
-            Mlp::Plain { up, down } => {
-                let up = self.linear(up, x)?;
+            Mlp::Plain { up, .. } => {
+                let up = self.linear(up, x, wanted)?;
                 let inner = activation::gelu(up.0.data());
-                ((None, None), up, inner, down)
+                ((None, None), up, inner)
             }
         };
         let inner = Matrix::new(inner, up.0.columns());
-        let (out, down) = self.linear(down, &inner)?;
-        Ok((out, SavedMlp { adapters: [gate.1, up.1, down], gate: gate.0, up: up.0, inner }))
+        Ok(SavedMlp { adapters: [gate.1, up.1, None], gate: gate.0, up: up.0, inner })
     }
 
     fn mlp_backward(&self, x: &Matrix, saved: SavedMlp, gradient: &Matrix, found: &mut Gradients) -> Result<Matrix> {

@@ -6,7 +6,7 @@ use candle_core::{Device, Tensor};
 
 use super::head::{self, Head};
 use super::layers::{Block, Finder};
-use super::{DropoutKey, NnError, Parameter, Parameters, Pass, Tokens, block, composed};
+use super::{DropoutKey, Gradients, NnError, Parameter, Parameters, Pass, Tokens, block, composed};
 use crate::model::{Architecture, ModelConfig, ModelHead, RopeParameters, RopeScaling};
 use crate::types::{Fqn, as_usize};
 
@@ -160,9 +160,34 @@ impl Decoder {
     /// # Errors
     /// [`NnError`]: no such block, an empty slot, another shape than the pass has.
     pub fn block(&self, index: usize, x: &Tensor, pass: &Pass) -> Result<Tensor, NnError> {
+        Ok(block::forward(self.numbered(index)?, x, pass)?)
+    }
+
+    /// As [`Decoder::block`], without a graph.
+    ///
+    /// # Errors
+    /// Those of [`Decoder::block`].
+    pub fn infer_block(&self, index: usize, x: &Tensor, pass: &Pass) -> Result<Tensor, NnError> {
+        Ok(block::infer(self.numbered(index)?, x, pass)?)
+    }
+
+    /// From a block's input and the gradient of its output, both f32 `[batch * seq, hidden]` and contiguous: the gradient of
+    /// the input, and those of the block's variables. Computes the block's forward again, as far as they need it.
+    ///
+    /// # Errors
+    /// Those of [`Decoder::block`].
+    pub fn block_backward(
+        &self,
+        index: usize,
+        (x, gradient): (&Tensor, &Tensor),
+        pass: &Pass,
+    ) -> Result<(Tensor, Gradients), NnError> {
+        Ok(block::backward(self.numbered(index)?, x, gradient, pass)?)
+    }
+
+    fn numbered(&self, index: usize) -> Result<&Arc<Block>, NnError> {
         let missing = || NnError::NoSuchBlock { found: index, last: self.blocks.len().saturating_sub(1) };
-        let block = self.blocks.get(index).ok_or_else(missing)?;
-        Ok(block::forward(block, x, pass)?)
+        self.blocks.get(index).ok_or_else(missing)
     }
 
     /// Logits, f32 `[batch * seq, vocab]`, of the last block's activations.

@@ -26,6 +26,7 @@ mod tokens;
 
 pub use decoder::Decoder;
 pub use error::NnError;
+pub use ops::fused::Gradients;
 pub use parameter::{FrozenWeight, Lora, Parameter, Parameters, module_key};
 pub use seed::seed;
 pub use tokens::{DropoutKey, Pass, Tokens};

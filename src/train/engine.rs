@@ -4,8 +4,8 @@
 //! Refuses to know: ranks, optimizer, data.
 //!
 //! Each block's graph starts at a variable that holds the block's input; its backward is started with the gradient that
-//! came from the block after it. With activation checkpointing the graph is made in the backward pass, from the input that
-//! was kept; without it the forward's graph is kept.
+//! came from the block after it. With activation checkpointing the block's input alone is kept, from which the backward
+//! computes what it needs again; without it the forward's graph is kept.
 
 use candle_core::backprop::GradStore;
 use candle_core::{Tensor, Var};
@@ -39,10 +39,11 @@ pub(super) struct Engine<'a> {
 }
 
 /// A block between its forward and its backward.
-struct Kept {
-    input: Var,
-    /// Without activation checkpointing.
-    output: Option<Tensor>,
+enum Kept {
+    /// With activation checkpointing.
+    Input(Tensor),
+    /// Input and output, and between them the block's graph.
+    Graph(Var, Tensor),
 }
 
 impl<'a> Engine<'a> {
@@ -68,30 +69,30 @@ impl<'a> Engine<'a> {
     ) -> Result<LossSum, TrainError> {
         let pass = self.decoder.pass(tokens, dropout)?;
         let embedded = self.embed(tokens, exchange)?;
-        let mut input = Var::from_tensor(&embedded.detach())?;
+        let mut input = embedded.detach();
         let mut kept = Vec::with_capacity(self.decoder.blocks());
         for block in 0..self.decoder.blocks() {
-            let output = self.block(block, input.as_tensor(), &pass, exchange)?;
-            let next = Var::from_tensor(&output.detach())?;
-            let output = Some(output).filter(|_| !self.checkpointing);
-            kept.push(Kept { input: std::mem::replace(&mut input, next), output });
+            let (output, part) = self.block_forward(block, input, &pass, exchange)?;
+            input = output;
+            kept.push(part);
         }
         self.fill_head(exchange)?;
+        let input = Var::from_tensor(&input)?;
         let (loss, counted) = self.decoder.loss(input.as_tensor(), tokens)?;
         let nats: f32 = loss.to_scalar()?;
         let store = loss.backward()?;
         drop(loss);
         self.base.clear(self.decoder.head_tensors());
-        self.collect(&store, layout)?;
+        self.collect(|variable| store.get(variable.as_tensor()), layout)?;
         let mut gradient = take(store, &input)?;
         drop(input);
         for block in (0..self.decoder.blocks()).rev() {
-            let Some(Kept { input, output }) = kept.pop() else { break };
-            gradient = self.block_backward((block, input, output), gradient, (&pass, layout), exchange)?;
+            let Some(part) = kept.pop() else { break };
+            gradient = self.block_backward((block, part), gradient, (&pass, layout), exchange)?;
         }
         if self.trains_embedding {
             let store = seed(&embedded, &gradient)?.backward()?;
-            self.collect(&store, layout)?;
+            self.collect(|variable| store.get(variable.as_tensor()), layout)?;
         }
         Ok(LossSum { nats, tokens: counted })
     }
@@ -119,7 +120,9 @@ impl<'a> Engine<'a> {
         let pass = self.decoder.pass(tokens, None)?;
         let mut values = self.embed(tokens, exchange)?.detach();
         for block in 0..self.decoder.blocks() {
-            values = self.block(block, &values, &pass, exchange)?.detach();
+            self.base.fill(self.decoder.block_tensors(block), exchange)?;
+            values = self.decoder.infer_block(block, &values, &pass)?;
+            self.base.clear(self.decoder.block_tensors(block));
         }
         Ok(values)
     }
@@ -149,42 +152,55 @@ impl<'a> Engine<'a> {
         self.base.fill(self.decoder.head_tensors(), exchange)
     }
 
-    fn block(
+    /// A block's output, and what its backward will start from.
+    fn block_forward(
         &mut self,
         block: usize,
-        input: &Tensor,
+        input: Tensor,
         pass: &Pass,
         exchange: &mut Exchange<'_>,
-    ) -> Result<Tensor, TrainError> {
+    ) -> Result<(Tensor, Kept), TrainError> {
         self.base.fill(self.decoder.block_tensors(block), exchange)?;
-        let output = self.decoder.block(block, input, pass)?;
+        let result = if self.checkpointing {
+            (self.decoder.infer_block(block, &input, pass)?, Kept::Input(input))
+        } else {
+            let input = Var::from_tensor(&input)?;
+            let output = self.decoder.block(block, input.as_tensor(), pass)?;
+            (output.detach(), Kept::Graph(input, output))
+        };
         self.base.clear(self.decoder.block_tensors(block));
-        Ok(output)
+        Ok(result)
     }
 
     /// The gradient of a block's input from that of its output.
     fn block_backward(
         &mut self,
-        (block, input, output): (usize, Var, Option<Tensor>),
+        (block, kept): (usize, Kept),
         gradient: Tensor,
         (pass, layout): (&Pass, &Layout),
         exchange: &mut Exchange<'_>,
     ) -> Result<Tensor, TrainError> {
         self.base.fill(self.decoder.block_tensors(block), exchange)?;
-        let output = match output {
-            Some(output) => output,
-            None => self.decoder.block(block, input.as_tensor(), pass)?,
+        let result = match kept {
+            Kept::Input(input) => {
+                let (result, found) = self.decoder.block_backward(block, (&input, &gradient), pass)?;
+                self.collect(|variable| found.get(variable), layout)?;
+                result
+            }
+            Kept::Graph(input, output) => {
+                let store = seed(&output, &gradient)?.backward()?;
+                self.collect(|variable| store.get(variable.as_tensor()), layout)?;
+                take(store, &input)?
+            }
         };
-        let store = seed(&output, &gradient)?.backward()?;
         self.base.clear(self.decoder.block_tensors(block));
-        self.collect(&store, layout)?;
-        take(store, &input)
+        Ok(result)
     }
 
-    /// Adds the gradients of the trained variables in `store`.
-    fn collect(&mut self, store: &GradStore, layout: &Layout) -> Result<(), TrainError> {
+    /// Adds the gradients of the trained variables.
+    fn collect<'g>(&mut self, found: impl Fn(&Var) -> Option<&'g Tensor>, layout: &Layout) -> Result<(), TrainError> {
         for (variable, (_, range, _)) in self.variables.iter().zip(layout.tensors()) {
-            let Some(gradient) = store.get(variable.as_tensor()) else { continue };
+            let Some(gradient) = found(variable) else { continue };
             let values = gradient.flatten_all()?.to_vec1::<f32>()?;
             let sums = self.gradients.get_mut(range.clone()).unwrap_or_default();
             for (sum, value) in sums.iter_mut().zip(values) {

@@ -2,7 +2,7 @@
 
 use rayon::prelude::*;
 
-use super::vector::{TASK, exp};
+use super::vector::{TASK, exp, map, update, wide};
 
 /// sqrt(2 / pi).
 const GELU_SCALE: f32 = 0.797_884_6;
@@ -12,9 +12,11 @@ const GELU_CUBE: f32 = 0.044_715;
 pub(in crate::nn) fn silu_mul(gate: &[f32], up: &[f32]) -> Vec<f32> {
     let mut out = vec![0.0; gate.len()];
     out.par_chunks_mut(TASK).zip(gate.par_chunks(TASK)).zip(up.par_chunks(TASK)).for_each(|((out, gate), up)| {
-        for ((out, &gate), &up) in out.iter_mut().zip(gate).zip(up) {
-            *out = gate * up / (1.0 + exp(-gate));
-        }
+        wide(|| {
+            for ((out, &gate), &up) in out.iter_mut().zip(gate).zip(up) {
+                *out = gate * up / (1.0 + exp(-gate));
+            }
+        });
     });
     out
 }
@@ -23,12 +25,14 @@ pub(in crate::nn) fn silu_mul(gate: &[f32], up: &[f32]) -> Vec<f32> {
 pub(in crate::nn) fn silu_mul_backward(gate: &mut [f32], up: &mut [f32], gradient: &[f32]) {
     gate.par_chunks_mut(TASK).zip(up.par_chunks_mut(TASK)).zip(gradient.par_chunks(TASK)).for_each(
         |((gate, up), gradient)| {
-            for ((gate, up), &gradient) in gate.iter_mut().zip(up).zip(gradient) {
-                let sigmoid = 1.0 / (1.0 + exp(-*gate));
-                let silu = *gate * sigmoid;
-                let slope = sigmoid + silu * (1.0 - sigmoid);
-                (*gate, *up) = (gradient * *up * slope, gradient * silu);
-            }
+            wide(|| {
+                for ((gate, up), &gradient) in gate.iter_mut().zip(up).zip(gradient) {
+                    let sigmoid = 1.0 / (1.0 + exp(-*gate));
+                    let silu = *gate * sigmoid;
+                    let slope = sigmoid + silu * (1.0 - sigmoid);
+                    (*gate, *up) = (gradient * *up * slope, gradient * silu);
+                }
+            });
         },
     );
 }
@@ -36,28 +40,22 @@ pub(in crate::nn) fn silu_mul_backward(gate: &mut [f32], up: &mut [f32], gradien
 /// GPT-2's approximation by tanh: `x / 2 * (1 + tanh(sqrt(2/pi) * (x + 0.044715 x^3)))`.
 pub(in crate::nn) fn gelu(x: &[f32]) -> Vec<f32> {
     let mut out = x.to_vec();
-    out.par_chunks_mut(TASK).for_each(|out| {
-        for out in out {
-            *out *= gate(*out);
-        }
-    });
+    map(&mut out, |x| x * gate(x));
     out
 }
 
 /// The gradient, written over `x`.
 pub(in crate::nn) fn gelu_backward(x: &mut [f32], gradient: &[f32]) {
-    x.par_chunks_mut(TASK).zip(gradient.par_chunks(TASK)).for_each(|(x, gradient)| {
-        for (x, &gradient) in x.iter_mut().zip(gradient) {
-            let gate = gate(*x);
-            // With g = (1 + tanh u) / 2: g' = 2 g (1 - g) u'.
-            let inner = 2.0 * GELU_SCALE * (1.0 + 3.0 * GELU_CUBE * *x * *x);
-            *x = gradient * (gate + *x * gate * (1.0 - gate) * inner);
-        }
+    update(x, gradient, |x, gradient| {
+        let gate = gate(x);
+        // With g = (1 + tanh u) / 2: g' = 2 g (1 - g) u'.
+        let inner = 2.0 * GELU_SCALE * (1.0 + 3.0 * GELU_CUBE * x * x);
+        gradient * (gate + x * gate * (1.0 - gate) * inner)
     });
 }
 
 /// `(1 + tanh(u)) / 2 = 1 / (1 + e^(-2u))`.
-#[inline]
+#[inline(always)]
 fn gate(x: f32) -> f32 {
     1.0 / (1.0 + exp(-2.0 * GELU_SCALE * (x + GELU_CUBE * x * x * x)))
 }

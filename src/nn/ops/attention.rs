@@ -7,7 +7,7 @@ use candle_core::Result;
 use rayon::prelude::*;
 
 use super::matrix::Matrix;
-use super::vector::{dot, exp, largest, sum};
+use super::vector::{dot, exp, largest, sum, wide};
 use crate::nn::Pass;
 use crate::nn::layers::AttentionShape;
 use crate::nn::tokens::first_key;
@@ -115,13 +115,14 @@ impl<'a> Attention<'a> {
             scores[..visible.start].fill(0.0);
             scores[visible.end..].fill(0.0);
             let seen = &mut scores[visible];
-            let peak = largest(seen) * self.scale;
-            for score in seen.iter_mut() {
-                *score = exp(*score * self.scale - peak);
-            }
-            let total = sum(seen);
-            let inverse = 1.0 / total;
-            seen.iter_mut().for_each(|score| *score *= inverse);
+            let (peak, total) = wide(|| {
+                let peak = largest(seen) * self.scale;
+                seen.iter_mut().for_each(|score| *score = exp(*score * self.scale - peak));
+                let total = sum(seen);
+                let inverse = 1.0 / total;
+                seen.iter_mut().for_each(|score| *score *= inverse);
+                (peak, total)
+            });
             log_sums.push(peak + total.ln());
         }
         Ok((scores.view().times(self.keys(tile, &qkv.value))?, log_sums))
@@ -138,15 +139,18 @@ impl<'a> Attention<'a> {
         let stacked = gradient.data().chunks_exact(dim).zip(mixed.data().chunks_exact(dim));
         let lines = weights.data_mut().chunks_exact_mut(width).zip(slopes.data_mut().chunks_exact_mut(width));
         for (((index, visible), (gradient, mixed)), (weights, slopes)) in self.rows(tile).zip(stacked).zip(lines) {
-            let (log_sum, along) = (given.saved.log_sums.data()[index], dot(gradient, mixed));
             for line in [&mut *weights, &mut *slopes] {
                 line[..visible.start].fill(0.0);
                 line[visible.end..].fill(0.0);
             }
-            for (weight, slope) in weights[visible.clone()].iter_mut().zip(&mut slopes[visible]) {
-                *weight = exp(*weight * self.scale - log_sum);
-                *slope = *weight * (*slope - along) * self.scale;
-            }
+            let log_sum = given.saved.log_sums.data()[index];
+            wide(|| {
+                let along = dot(gradient, mixed);
+                for (weight, slope) in weights[visible.clone()].iter_mut().zip(&mut slopes[visible]) {
+                    *weight = exp(*weight * self.scale - log_sum);
+                    *slope = *weight * (*slope - along) * self.scale;
+                }
+            });
         }
         Ok([
             slopes.view().times(self.keys(tile, &qkv.key))?,

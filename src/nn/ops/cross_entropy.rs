@@ -4,7 +4,7 @@ use candle_core::Result;
 use rayon::prelude::*;
 
 use super::matrix::{Matrix, View};
-use super::vector::{TASK, exp, largest, update};
+use super::vector::{TASK, exp, largest, sum, update, wide};
 use crate::nn::Tokens;
 
 /// Logits that are there at once: 64 MiB, 341 tokens of a vocabulary of 49,152.
@@ -63,7 +63,7 @@ pub(in crate::nn) fn in_chunks(
         let chunk = Matrix::new(chunk, hidden);
         let mut slopes = chunk.view().times(head.t())?;
         let lines = slopes.data_mut().par_chunks_mut(vocab).zip(rows);
-        let losses: Vec<f32> = lines.map(|(logits, &row)| of_token(logits, targets[row])).collect();
+        let losses: Vec<f32> = lines.map(|(logits, &row)| wide(|| of_token(logits, targets[row]))).collect();
         loss.total += losses.into_iter().map(f64::from).sum::<f64>();
         if let Some(total) = &mut loss.head {
             let part = slopes.view().t().times(chunk.view())?;
@@ -80,6 +80,7 @@ pub(in crate::nn) fn in_chunks(
 }
 
 /// One token's negative log likelihood; its logits become the loss's gradient of them, `softmax - one hot`.
+#[inline(always)]
 fn of_token(logits: &mut [f32], target: u32) -> f32 {
     let target = usize::try_from(target).unwrap_or(usize::MAX);
     let peak = largest(logits);
@@ -88,7 +89,7 @@ fn of_token(logits: &mut [f32], target: u32) -> f32 {
     let mut total = 0.0_f64;
     for part in logits.chunks_mut(TASK / 16) {
         part.iter_mut().for_each(|logit| *logit = exp(*logit - peak));
-        total += f64::from(super::vector::sum(part));
+        total += f64::from(sum(part));
     }
     #[expect(clippy::cast_possible_truncation, reason = "rounding to f32 is the point")]
     let (inverse, log_sum) = ((1.0 / total) as f32, total.ln() as f32);

@@ -7,15 +7,28 @@
 use std::collections::HashMap;
 use std::sync::{Arc, Mutex, PoisonError};
 
+use candle_core::backprop::GradStore;
 use candle_core::{CpuStorage, CustomOp1, CustomOp2, Device, Layout, Result, Shape, Tensor, TensorId, Var};
 
 use super::matrix::Matrix;
 
 /// The gradients of variables that a backward found.
 #[derive(Debug, Default)]
-pub(in crate::nn) struct Gradients(HashMap<TensorId, Tensor>);
+pub struct Gradients(HashMap<TensorId, Tensor>);
 
 impl Gradients {
+    /// The gradient of `variable`, of its shape; nothing where it has none.
+    #[must_use]
+    pub fn get(&self, variable: &Var) -> Option<&Tensor> {
+        self.0.get(&variable.id())
+    }
+
+    /// Those of `variables` that a graph's backward found.
+    pub(in crate::nn) fn from_store(store: &mut GradStore, variables: &[Var]) -> Self {
+        let found = variables.iter().filter_map(|variable| Some((variable.id(), store.remove(variable.as_tensor())?)));
+        Self(found.collect())
+    }
+
     /// A matrix's gradient.
     pub(in crate::nn) fn put(&mut self, variable: &Var, gradient: Matrix) -> Result<()> {
         self.0.insert(variable.id(), gradient.into_tensor()?.reshape(variable.shape())?);

@@ -47,6 +47,13 @@ impl Matrix {
         View { storage: &self.storage, offset: 0, sizes: [self.rows(), self.columns], strides: [self.columns, 1] }
     }
 
+    /// The transpose, copied.
+    pub(in crate::nn) fn transposed(&self) -> Self {
+        let (rows, columns) = (self.rows(), self.columns);
+        let values = (0..columns).flat_map(|column| (0..rows).map(move |row| self.data()[row * columns + column]));
+        Self::new(values.collect(), rows)
+    }
+
     pub(in crate::nn) fn into_vec(self) -> Vec<f32> {
         match self.storage {
             CpuStorage::F32(values) => values,

@@ -2,6 +2,7 @@
 //! on the CPU, each with its backward, and the nodes that put them into a graph.
 
 pub(super) mod activation;
+pub(super) mod adapter;
 pub(super) mod attention;
 pub(super) mod cross_entropy;
 mod dropout;

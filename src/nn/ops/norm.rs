@@ -3,7 +3,7 @@
 use rayon::prelude::*;
 
 use super::matrix::Matrix;
-use super::vector::{ROW_BLOCK, column_sums, sum, sum2};
+use super::vector::{ROW_BLOCK, column_sums, sum, sum2, wide};
 
 /// What a norm's backward needs beside its input: of each row the mean (0 for RMS norm) and the inverse deviation.
 #[derive(Debug)]
@@ -26,28 +26,36 @@ pub(in crate::nn) fn forward(x: &[f32], weight: &[f32], bias: Option<&[f32]>, ep
     let block = ROW_BLOCK * width;
     out.par_chunks_mut(block).zip(x.par_chunks(block)).zip(saved.par_chunks_mut(ROW_BLOCK)).for_each(
         |((out, x), saved)| {
-            for ((out, x), saved) in out.chunks_exact_mut(width).zip(x.chunks_exact(width)).zip(saved) {
-                *saved = statistics(x, bias.is_some(), eps);
-                let (mean, inverse) = *saved;
-                match bias {
-                    None => {
-                        for ((out, &x), &weight) in out.iter_mut().zip(x).zip(weight) {
-                            *out = x * inverse * weight;
-                        }
-                    }
-                    Some(bias) => {
-                        for (((out, &x), &weight), &bias) in out.iter_mut().zip(x).zip(weight).zip(bias) {
-                            *out = (x - mean) * inverse * weight + bias;
-                        }
-                    }
+            wide(|| {
+                for ((out, x), saved) in out.chunks_exact_mut(width).zip(x.chunks_exact(width)).zip(saved) {
+                    *saved = statistics(x, bias.is_some(), eps);
+                    normalize(out, x, *saved, (weight, bias));
                 }
-            }
+            });
         },
     );
     (Matrix::new(out, width), NormSaved(saved))
 }
 
+/// One row by its mean and inverse deviation.
+#[inline(always)]
+fn normalize(out: &mut [f32], x: &[f32], (mean, inverse): (f32, f32), (weight, bias): (&[f32], Option<&[f32]>)) {
+    match bias {
+        None => {
+            for ((out, &x), &weight) in out.iter_mut().zip(x).zip(weight) {
+                *out = x * inverse * weight;
+            }
+        }
+        Some(bias) => {
+            for (((out, &x), &weight), &bias) in out.iter_mut().zip(x).zip(weight).zip(bias) {
+                *out = (x - mean) * inverse * weight + bias;
+            }
+        }
+    }
+}
+
 /// Mean and inverse deviation of a row.
+#[inline(always)]
 #[expect(clippy::cast_possible_truncation, clippy::cast_precision_loss, reason = "widths are small; f32 is the result")]
 fn statistics(x: &[f32], centred: bool, eps: f64) -> (f32, f32) {
     let width = x.len() as f64;
@@ -78,14 +86,16 @@ pub(in crate::nn) fn backward(
         |(((out, x), gradient), &(mean, inverse))| {
             #[expect(clippy::cast_precision_loss, reason = "widths are small")]
             let count = width as f32;
-            for ((out, &gradient), &weight) in out.iter_mut().zip(gradient).zip(weight) {
-                *out = gradient * weight;
-            }
-            let offset = if centred { sum(out) / count } else { 0.0 };
-            let along = sum2(out, x, |scaled, x| scaled * (x - mean)) * inverse / count;
-            for (out, &x) in out.iter_mut().zip(x) {
-                *out = inverse * (*out - offset - (x - mean) * inverse * along);
-            }
+            wide(|| {
+                for ((out, &gradient), &weight) in out.iter_mut().zip(gradient).zip(weight) {
+                    *out = gradient * weight;
+                }
+                let offset = if centred { sum(out) / count } else { 0.0 };
+                let along = sum2(out, x, |scaled, x| scaled * (x - mean)) * inverse / count;
+                for (out, &x) in out.iter_mut().zip(x) {
+                    *out = inverse * (*out - offset - (x - mean) * inverse * along);
+                }
+            });
         },
     );
     let rows = saved.0.len();

@@ -2,6 +2,8 @@
 
 use rayon::prelude::*;
 
+use super::vector::wide;
+
 /// Cosine and sine of each row's angles, `[rows, half]`; a backward is a rotation by the opposite angles.
 #[derive(Clone, Copy)]
 pub(in crate::nn) struct Rotation<'a> {
@@ -18,13 +20,15 @@ impl Rotation<'_> {
         let half = self.half;
         let tables = self.cos.par_chunks(half).zip(self.sin.par_chunks(half));
         x.par_chunks_mut(columns).zip(tables).with_min_len(16).for_each(|(x, (cos, sin))| {
-            for head in x.chunks_exact_mut(head_dim) {
-                let (low, high) = head[..2 * half].split_at_mut(half);
-                for (((low, high), &cos), &sin) in low.iter_mut().zip(high).zip(cos).zip(sin) {
-                    let sin = sin * self.direction;
-                    (*low, *high) = (*low * cos - *high * sin, *high * cos + *low * sin);
+            wide(|| {
+                for head in x.chunks_exact_mut(head_dim) {
+                    let (low, high) = head[..2 * half].split_at_mut(half);
+                    for (((low, high), &cos), &sin) in low.iter_mut().zip(high).zip(cos).zip(sin) {
+                        let sin = sin * self.direction;
+                        (*low, *high) = (*low * cos - *high * sin, *high * cos + *low * sin);
+                    }
                 }
-            }
+            });
         });
     }
 }

@@ -1,4 +1,7 @@
 //! Arithmetic on slices in a form that compilers turn into vector instructions, in one fixed order (`NN-3`).
+//!
+//! [`wide`] compiles a loop once for each set of vector instructions and runs the widest that the processor has. Products and
+//! sums stay apart, so that all of them give the same bits.
 
 use rayon::prelude::*;
 
@@ -9,8 +12,14 @@ pub(super) const ROW_BLOCK: usize = 64;
 /// Values of one task in an element-wise loop.
 pub(super) const TASK: usize = 1 << 14;
 
-/// The sum of `function(x, y)` over two slices of one length.
+/// Runs a loop as it is compiled for this processor's vector instructions. What the loop calls must be inlined into it.
 #[inline]
+pub(super) fn wide<R>(function: impl FnOnce() -> R) -> R {
+    pulp::Arch::new().dispatch(function)
+}
+
+/// The sum of `function(x, y)` over two slices of one length.
+#[inline(always)]
 pub(super) fn sum2(left: &[f32], right: &[f32], function: impl Fn(f32, f32) -> f32) -> f32 {
     let mut lanes = [0.0_f32; LANES];
     let (mut lefts, mut rights) = (left.chunks_exact(LANES), right.chunks_exact(LANES));
@@ -26,19 +35,19 @@ pub(super) fn sum2(left: &[f32], right: &[f32], function: impl Fn(f32, f32) -> f
 }
 
 /// The sum of a slice.
-#[inline]
+#[inline(always)]
 pub(super) fn sum(values: &[f32]) -> f32 {
     sum2(values, values, |value, _| value)
 }
 
 /// The scalar product.
-#[inline]
+#[inline(always)]
 pub(super) fn dot(left: &[f32], right: &[f32]) -> f32 {
     sum2(left, right, |left, right| left * right)
 }
 
 /// The largest value; minus infinity for none.
-#[inline]
+#[inline(always)]
 pub(super) fn largest(values: &[f32]) -> f32 {
     let mut lanes = [f32::NEG_INFINITY; LANES];
     let mut chunks = values.chunks_exact(LANES);
@@ -54,7 +63,7 @@ pub(super) fn largest(values: &[f32]) -> f32 {
 /// The exponential, to about 1 ulp; 0 below -87.3 (the smallest normal number), `e^88` above 88. NaN stays NaN.
 ///
 /// Cody and Waite's reduction by multiples of ln 2, then the Taylor polynomial of degree 7 on `[-ln 2 / 2, ln 2 / 2]`.
-#[inline]
+#[inline(always)]
 #[expect(clippy::excessive_precision, reason = "ln 2 is split in two parts on purpose")]
 pub(in crate::nn) fn exp(x: f32) -> f32 {
     // Adding 1.5 * 2^23 leaves the rounded number in the low bits of the sum.
@@ -77,15 +86,13 @@ pub(in crate::nn) fn exp(x: f32) -> f32 {
 pub(in crate::nn) fn update(out: &mut [f32], other: &[f32], function: impl Fn(f32, f32) -> f32 + Sync) {
     assert!(out.len() == other.len(), "{} values against {}", out.len(), other.len());
     out.par_chunks_mut(TASK).zip(other.par_chunks(TASK)).for_each(|(out, other)| {
-        for (out, &other) in out.iter_mut().zip(other) {
-            *out = function(*out, other);
-        }
+        wide(|| out.iter_mut().zip(other).for_each(|(out, &other)| *out = function(*out, other)));
     });
 }
 
 /// `out[i] = function(out[i])`, on all cores.
 pub(in crate::nn) fn map(out: &mut [f32], function: impl Fn(f32) -> f32 + Sync) {
-    out.par_chunks_mut(TASK).for_each(|out| out.iter_mut().for_each(|value| *value = function(*value)));
+    out.par_chunks_mut(TASK).for_each(|out| wide(|| out.iter_mut().for_each(|value| *value = function(*value))));
 }
 
 /// For each column the sum over `rows` rows, where `accumulate(row, sums)` adds a row's part to the sums so far.
@@ -98,7 +105,7 @@ pub(in crate::nn) fn column_sums(
         .into_par_iter()
         .map(|block| {
             let mut sums = vec![0.0; columns];
-            (block * ROW_BLOCK..rows.min((block + 1) * ROW_BLOCK)).for_each(|row| accumulate(row, &mut sums));
+            wide(|| (block * ROW_BLOCK..rows.min((block + 1) * ROW_BLOCK)).for_each(|row| accumulate(row, &mut sums)));
             sums
         })
         .collect();

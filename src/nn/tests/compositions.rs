@@ -9,8 +9,9 @@ use candle_core::{Device, Tensor, Var};
 use super::support::{Model, Train, assert_close, difference, random, values};
 use crate::nn::head::{self, Head};
 use crate::nn::layers::{Block, Finder, Linear, Norm, Order};
+use crate::nn::ops::adapter::AdapterSaved;
 use crate::nn::ops::fused::{Function, Gradients, apply};
-use crate::nn::ops::matrix::Held;
+use crate::nn::ops::matrix::{Held, Matrix};
 use crate::nn::ops::{dropout_mask, linear};
 use crate::nn::{
     DropoutKey, FrozenWeight, Lora, Parameter, Parameters, Pass, Tokens, block, composed, module_key, seed,
@@ -196,7 +197,7 @@ fn the_loss_equals_its_composition() {
 struct Alone(Linear, Pass);
 
 impl Function for Alone {
-    type Saved = Option<linear::AdapterSaved>;
+    type Saved = Option<AdapterSaved>;
 
     const NAME: &'static str = "linear";
 
@@ -204,9 +205,9 @@ impl Function for Alone {
         self.0.variables()
     }
 
-    fn forward(&self, x: &Tensor, _: bool) -> candle_core::Result<(Vec<f32>, candle_core::Shape, Self::Saved)> {
-        let held = Held::new(x)?;
-        let (out, saved) = linear::forward(&self.0, held.view()?, held.data()?, &self.1)?;
+    fn forward(&self, x: &Tensor, wanted: bool) -> candle_core::Result<(Vec<f32>, candle_core::Shape, Self::Saved)> {
+        let x = Matrix::new(Held::new(x)?.data()?.to_vec(), self.0.inputs);
+        let (out, saved) = linear::forward(&self.0, (&x, &self.1), wanted)?;
         let shape = (out.rows(), out.columns()).into();
         Ok((out.into_vec(), shape, saved))
     }
@@ -218,9 +219,9 @@ impl Function for Alone {
         gradient: &Tensor,
         found: &mut Gradients,
     ) -> candle_core::Result<Tensor> {
-        let (held, given) = (Held::new(x)?, Held::new(gradient)?);
-        let gradient = crate::nn::ops::matrix::Matrix::new(given.data()?.to_vec(), self.0.outputs);
-        linear::backward(&self.0, (held.view()?, &self.1), saved.as_ref(), &gradient, found)?.into_tensor()
+        let x = Matrix::new(Held::new(x)?.data()?.to_vec(), self.0.inputs);
+        let gradient = Matrix::new(Held::new(gradient)?.data()?.to_vec(), self.0.outputs);
+        linear::backward(&self.0, (&x, &self.1), saved.as_ref(), &gradient, found)?.into_tensor()
     }
 }
 
@@ -230,12 +231,17 @@ fn two_rows() -> Pass {
     Pass::new(&tokens, None, Some(KEY))
 }
 
-const INPUTS: usize = 5;
 const OUTPUTS: usize = 4;
+const CASES: u32 = 64;
 
-/// The kind `case` of 32: the weight's order, whether it is trained, dropout, DoRA, and whether there is an adapter.
+/// More and fewer than the six rows: an adapter is merged into the weight for a layer with fewer.
+fn inputs_of(case: u32) -> usize {
+    if case >> 5 & 1 == 1 { 7 } else { 5 }
+}
+
+/// The kind `case`: the weight's order, whether it is trained, dropout, DoRA, whether there is an adapter, and inputs.
 fn layer_of(case: u32) -> Linear {
-    let (inputs, outputs) = (INPUTS, OUTPUTS);
+    let (inputs, outputs) = (inputs_of(case), OUTPUTS);
     let on = |bit: u32| case >> bit & 1 == 1;
     let order = if on(0) { Order::InOut } else { Order::OutIn };
     let [rows, columns] = if on(0) { [inputs, outputs] } else { [outputs, inputs] };
@@ -264,13 +270,13 @@ fn layer_of(case: u32) -> Linear {
 /// composition's own gradients are those of PEFT (models.rs) where no dropout is.
 #[test]
 fn linear_layers_equal_their_composition() {
-    for case in 0..32_u32 {
+    for case in 0..CASES {
         let layer = layer_of(case);
-        let (pass, x, given) = (two_rows(), variable(6, 6, INPUTS), tensor(7, 6, OUTPUTS));
+        let (pass, x, given) = (two_rows(), variable(6, 6, inputs_of(case)), tensor(7, 6, OUTPUTS));
         let expected = composed::linear(&layer, &x, &pass).expect("a composition");
         let variables = layer.variables();
         let found = apply(Alone(layer, pass), &x).expect("a node");
-        let what = format!("case {case:05b}");
+        let what = format!("case {case:06b}");
         assert_close(&what, &found, &expected, TOLERANCE);
         let backward = |out: &Tensor| seed(out, &given).expect("a scalar").backward().expect("a backward");
         let (found, expected) = (backward(&found), backward(&expected));
@@ -289,8 +295,8 @@ fn linear_layers_have_the_slopes_of_their_function() {
     const STEP: f32 = 1.0 / 64.0;
     let given = tensor(7, 6, OUTPUTS);
     let given_values = super::support::values(&given);
-    for case in 0..32_u32 {
-        let x = variable(6, 6, INPUTS);
+    for case in 0..CASES {
+        let x = variable(6, 6, inputs_of(case));
         let node = apply(Alone(layer_of(case), two_rows()), &x).expect("a node");
         let twin = layer_of(case);
         let dora = twin.adapter.as_ref().is_some_and(|adapter| adapter.magnitude.is_some());
@@ -302,12 +308,12 @@ fn linear_layers_have_the_slopes_of_their_function() {
         };
         let gradients = seed(&node, &given).expect("a scalar").backward().expect("a backward");
         let of_x = super::support::values(gradients.get(&x).expect("found"));
-        check_slopes(&format!("case {case:05b} x"), &x, &of_x, STEP, &value);
+        check_slopes(&format!("case {case:06b} x"), &x, &of_x, STEP, &value);
         for (index, variable) in
             variables.iter().enumerate().filter(|(_, variable)| !dora || variable.dims().len() == 1)
         {
             let found = gradient_of(case, index, &x, &given);
-            check_slopes(&format!("case {case:05b} variable {index}"), variable, &found, STEP, &value);
+            check_slopes(&format!("case {case:06b} variable {index}"), variable, &found, STEP, &value);
         }
     }
 }

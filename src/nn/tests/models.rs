@@ -204,7 +204,9 @@ fn nn_1_blocks_are_recomputed_with_weights_that_came_again() {
         );
         fill(index);
         inputs.push(x.clone());
+        let inferred = decoder.infer_block(index, &x, &pass).expect("a block");
         x = decoder.block(index, &x, &pass).expect("a block").detach();
+        assert_close("without a graph", &inferred, &x, GRADIENTS);
         clear(index);
     }
     let leaf = Var::from_tensor(&x).expect("a leaf");
@@ -220,12 +222,17 @@ fn nn_1_blocks_are_recomputed_with_weights_that_came_again() {
         assert!(root.backward().is_err(), "the backward reads slots, and they are empty");
         fill(index);
         let mut store = root.backward().expect("a backward");
+        let (again, found) = decoder.block_backward(index, (&inputs[index], &gradient), &pass).expect("a backward");
         clear(index);
         gradient = store.remove(&leaf).expect("a gradient");
+        assert_close("the input's gradient from the input alone", &again, &gradient, GRADIENTS);
         for (module, adapter) in &model.parameters.adapters {
             if module.contains(&format!("layers.{index}.")) {
                 let name = format!("base_model.model.{module}.lora_A.weight");
                 assert_close(&name, store.get(&adapter.a).expect("a gradient"), &golden[&name], GRADIENTS);
+                assert_close(&name, found.get(&adapter.a).expect("a gradient"), &golden[&name], GRADIENTS);
+                let name = format!("base_model.model.{module}.lora_B.weight");
+                assert_close(&name, found.get(&adapter.b).expect("a gradient"), &golden[&name], GRADIENTS);
             }
         }
     }
