@@ -1,4 +1,5 @@
-//! SIGKILL at every step of load and commit, of a rank, of the launcher, and of a coordinator that is started again.
+//! SIGKILL at every step of load, commit and training, of a rank, of the launcher, and of a coordinator that is started
+//! again.
 //!
 //! A first run writes down the steps (`faults`, debug builds only); then each is a trial of its own. Afterwards no process
 //! is left, what is listed as a checkpoint verifies to the last byte, the newest resumes with the digests of an undisturbed
@@ -25,6 +26,8 @@ use weightcast::types::{Fqn, Rank, Step, TensorDigest, WorldSize};
 
 /// Of a point that is visited often, so many visits are walked, evenly spread.
 const VISITS: u64 = 16;
+/// The same of a run that trains, whose trials are longer.
+const TRAINING_VISITS: u64 = 3;
 /// From the death of a rank to the end of its launcher.
 const ENDED_WITHIN: Duration = Duration::from_secs(2);
 /// Points that follow the clock and not the job.
@@ -75,17 +78,17 @@ fn place_with_step_0(template: &Path) -> Place {
 }
 
 /// The steps that a run with this trace took, without those of the clock, thinned where a point is visited often.
-fn steps(trace: &str, wanted: impl Fn(&str) -> bool) -> Vec<Fault> {
+fn steps(trace: &str, visits_of_point: u64, wanted: impl Fn(&str, &str) -> bool) -> Vec<Fault> {
     let mut visits: BTreeMap<(String, String), u64> = BTreeMap::new();
     for line in std::fs::read_to_string(trace).expect("a trace").lines() {
         let (role, point) = line.split_once(' ').expect("a role and a point");
-        if wanted(role) && !CLOCKED.contains(&point) {
+        if wanted(role, point) && !CLOCKED.contains(&point) {
             *visits.entry((role.to_owned(), point.to_owned())).or_default() += 1;
         }
     }
     let mut faults = Vec::new();
     for ((role, point), count) in visits {
-        let walked = count.min(VISITS);
+        let walked = count.min(visits_of_point);
         for index in 0..walked {
             let nth = if walked == 1 { 1 } else { 1 + index * (count - 1) / (walked - 1) };
             faults.push(Fault { role: role.clone(), point: point.clone(), nth });
@@ -149,7 +152,7 @@ fn walk(faults: &[Fault], trial: impl Fn(&Fault) -> (Option<Duration>, Step) + S
                     let mut figures = figures.lock().unwrap_or_else(PoisonError::into_inner);
                     figures.trials += 1;
                     figures.not_reached += usize::from(struck.is_none());
-                    figures.committed += usize::from(step == Step(1));
+                    figures.committed += usize::from(step > Step(0));
                     figures.slowest = figures.slowest.max(struck.unwrap_or_default());
                 }
             });
@@ -200,7 +203,7 @@ fn killing_a_rank_or_the_launcher_at_any_step_loses_nothing() {
     let trace = traced.path("trace");
     let ended = launch(&traced, &format!("trace={trace}")).wait();
     assert_eq!(ended.code, Some(0), "{}", ended.stderr);
-    let faults = steps(&trace, |_| true);
+    let faults = steps(&trace, VISITS, |_, _| true);
     let figures = walk(&faults, |fault| {
         let place = template.new_place();
         let stamp = place.path("stamp");
@@ -230,7 +233,7 @@ fn killing_the_coordinator_at_any_step_changes_nothing() {
     let address = address(&mut undisturbed).expect("nothing ends it");
     assert_eq!(ranks(&traced, &address).wait().code, Some(0));
     assert_eq!(undisturbed.wait().code, Some(0));
-    let faults = steps(&trace, |role| role == "coordinator");
+    let faults = steps(&trace, VISITS, |role, _| role == "coordinator");
     let figures = walk(&faults, |fault| coordinator_trial(&template, fault));
     eprintln!("killed coordinators: {figures:?}");
     assert!(figures.not_reached * 10 <= figures.trials, "{figures:?}");
@@ -287,4 +290,93 @@ fn address(coordinator: &mut Job) -> Option<String> {
         found.is_some() || over
     });
     found
+}
+
+/// The job file of a run that trains three steps, saves each and evaluates the second.
+fn training_job(place: &Place, directory: &str) -> String {
+    let path = place.path(&format!("{directory}.toml"));
+    let text = format!(
+        r#"
+        model.source = "{MODEL}"
+        quantization = {{ format = "nf4" }}
+        checkpoint.directory = "{directory}"
+        [train]
+        steps = 3
+        batch-size = 4
+        seed = 11
+        [train.data]
+        train = "{}/tests/data/devils-dictionary.jsonl"
+        sequence-length = 16
+        evaluation-fraction = 0.005
+        [train.lora]
+        r = 2
+        dropout = 0.1
+        [train.evaluation]
+        every-steps = 2
+        [train.checkpoint]
+        every-steps = 1
+        every-minutes = 0
+        keep-last = 0
+        "#,
+        env!("CARGO_MANIFEST_DIR")
+    );
+    std::fs::write(&path, text).expect("a job file");
+    path
+}
+
+fn train(place: &Place, job: &str, faults: &str) -> Ended {
+    start(place, &["launch", "--nproc-per-node", "2", job].map(str::to_owned), faults).wait_within(PATIENCE * 2)
+}
+
+/// The newest checkpoint's step and the digests in its manifest, after every checkpoint has verified.
+fn trained(root: &str, fault: &str) -> (Step, Digests) {
+    let store = LocalStore::new(root);
+    let mut newest = (Step(0), Digests::new());
+    for listed in list(&store).unwrap_or_default() {
+        let checkpoint = listed.checkpoint.unwrap_or_else(|error| panic!("{fault}: {}: {error}", listed.directory));
+        verify(&store, &checkpoint, Depth::Deep).unwrap_or_else(|error| panic!("{fault}: {error}"));
+        let manifest = &checkpoint.manifest;
+        if manifest.step > newest.0 {
+            let digests = manifest.tensors.iter().map(|tensor| (tensor.fqn.clone(), tensor.digest)).collect();
+            newest = (manifest.step, digests);
+        }
+    }
+    newest
+}
+
+/// What is lost of a run is at most what came after its last commit, and the run that goes on ends with the same bits.
+#[test]
+fn killing_a_rank_or_the_launcher_at_any_step_of_training_changes_no_bit() {
+    let traced = Place::new();
+    let trace = traced.path("trace");
+    let ended = train(&traced, &training_job(&traced, "root"), &format!("trace={trace}"));
+    assert_eq!(ended.code, Some(0), "{}", ended.stderr);
+    let (last, expected) = trained(&traced.path("root"), "undisturbed");
+    assert_eq!(last, Step(3));
+    // Joining and loading are walked above.
+    let is_new = |point: &str| !["load.", "worker.join", "worker.connected"].iter().any(|known| point.starts_with(known));
+    let faults = steps(&trace, TRAINING_VISITS, |_, point| is_new(point));
+    assert!(faults.iter().any(|fault| fault.point == "train.evaluating"), "{faults:?}");
+    let figures = walk(&faults, |fault| {
+        let (place, what) = (Place::new(), format!("{fault:?}"));
+        let (job, stamp) = (training_job(&place, "root"), place.path("stamp"));
+        let ended = train(&place, &job, &directive(fault, &stamp));
+        let struck = since(&stamp);
+        place.expect_no_process();
+        if let Some(took) = struck {
+            assert!(took < ENDED_WITHIN, "{what}: {took:?}");
+            expect_named(&ended, fault);
+        } else {
+            assert_eq!(ended.code, Some(0), "{what}: {}", ended.stderr);
+        }
+        let (left, _) = trained(&place.path("root"), &what);
+        let again = train(&place, &job, "");
+        assert_eq!(again.code, Some(0), "{what}: {}", again.stderr);
+        let (step, digests) = trained(&place.path("root"), &what);
+        assert!(step == last && digests == expected, "{what}: resumed after step {left}, other bits at step {step}");
+        (struck, left)
+    });
+    eprintln!("killed while training: {figures:?}");
+    assert!(figures.not_reached * 10 <= figures.trials, "{figures:?}");
+    assert!(figures.committed > 0 && figures.committed < figures.trials, "{figures:?}");
 }

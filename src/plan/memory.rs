@@ -72,7 +72,7 @@ pub struct RankMemory {
     /// free again.
     #[serde(default)]
     pub training_bytes: u64,
-    /// [`PROCESS_OVERHEAD_BYTES`], [`STAGING_BYTES`] and, with a device, [`CUDA_HOST_BYTES`].
+    /// [`PROCESS_OVERHEAD_BYTES`], beside other ranks [`STAGING_BYTES`], and with a device [`CUDA_HOST_BYTES`].
     pub overhead_bytes: u64,
     /// The most host memory that the rank needs at any time: all of the above, the larger of window and training, without weights and padding
     /// when they lie on a device.
@@ -118,7 +118,8 @@ impl LoadPlan {
         let on_device = self.device.device == DeviceWish::Cuda;
         let training = self.train.as_ref().and_then(|train| train.memory.get(rank.index()));
         let training = training.map_or(0, super::TrainMemory::total_bytes);
-        let overhead = PROCESS_OVERHEAD_BYTES + STAGING_BYTES + if on_device { CUDA_HOST_BYTES } else { 0 };
+        let staging = if self.world.get() > 1 { STAGING_BYTES } else { 0 };
+        let overhead = PROCESS_OVERHEAD_BYTES + staging + if on_device { CUDA_HOST_BYTES } else { 0 };
         let (host, device) = if on_device { (0, padded + CUDA_CONTEXT_BYTES) } else { (padded, 0) };
         RankMemory {
             rank,

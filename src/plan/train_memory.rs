@@ -46,7 +46,7 @@ pub struct TrainMemory {
     pub snapshot_bytes: u64,
     /// Gradients, and the buffers of their exchange: exact.
     pub gradient_bytes: u64,
-    /// One block's weights, gathered and as f32.
+    /// One block's weights, gathered and as f32, and the largest of them with its adapter merged.
     pub block_bytes: u64,
     /// Activations and their gradients at the worst moment.
     pub activation_bytes: u64,
@@ -80,7 +80,7 @@ impl TrainMemory {
             optimizer_bytes: 3 * own,
             snapshot_bytes: snapshot.sum(),
             gradient_bytes: 3 * F32 * trained + own,
-            block_bytes: largest_group(base, state),
+            block_bytes: largest_group(base, state) + largest_merged(base, sizes),
             activation_bytes: sizes.activation_bytes(),
         }
     }
@@ -118,4 +118,10 @@ fn largest_group(base: &LoadPlan, state: &LoadPlan) -> u64 {
         largest = largest.max(group.1);
     }
     largest
+}
+
+/// The largest matrix of a block, where an adapter may be merged into a copy of it.
+fn largest_merged(base: &LoadPlan, sizes: &StepSizes) -> u64 {
+    let matrices = base.tensors.iter().filter(|tensor| super::layers::layer_of(&tensor.fqn).is_some());
+    if sizes.adapter_ranks == 0 { 0 } else { F32 * matrices.map(super::TensorPlan::elements).max().unwrap_or(0) }
 }
