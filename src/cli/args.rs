@@ -62,6 +62,8 @@ pub enum Command {
     },
     /// Show the ranks of a running job
     Status(StatusFlags),
+    /// Have a running job write a checkpoint now, and wait until it is committed
+    Save(JobFlags),
     /// End a running job in an orderly way, with a checkpoint if it has none
     Drain(JobFlags),
     /// Run the main job on a small real model, with a crash in the middle
