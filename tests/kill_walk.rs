@@ -354,7 +354,8 @@ fn killing_a_rank_or_the_launcher_at_any_step_of_training_changes_no_bit() {
     let (last, expected) = trained(&traced.path("root"), "undisturbed");
     assert_eq!(last, Step(3));
     // Joining and loading are walked above.
-    let is_new = |point: &str| !["load.", "worker.join", "worker.connected"].iter().any(|known| point.starts_with(known));
+    let is_new =
+        |point: &str| !["load.", "worker.join", "worker.connected"].iter().any(|known| point.starts_with(known));
     let faults = steps(&trace, TRAINING_VISITS, |_, point| is_new(point));
     assert!(faults.iter().any(|fault| fault.point == "train.evaluating"), "{faults:?}");
     let figures = walk(&faults, |fault| {

@@ -240,6 +240,34 @@ fn terminated(trials: u64) {
     }
 }
 
+/// A save that is asked for while ranks train is of a step after the request, is committed when the answer comes, and the
+/// run goes on.
+#[test]
+fn a_save_is_taken_while_ranks_train() {
+    let place = Place::new();
+    let job = Run { steps: 100_000, ..SMALL }.write(&place, "run");
+    let arguments = launch(2, &job);
+    let arguments: Vec<&str> = arguments.iter().map(String::as_str).collect();
+    let mut started = place.start(&arguments);
+    let last = || losses(&place, "run").last().map_or(0, |last| last.0);
+    let mut saved = 0;
+    for _ in 0..2 {
+        let before = saved.max(last());
+        until("ranks train on", LONG, || started.is_over() || last() > before);
+        let before = last();
+        let answer = place.finish(&["save", "--json"]);
+        let step = answer["step"].as_u64().expect("a step");
+        assert!(step > before, "step {step} was asked for after step {before}");
+        assert_eq!(newest(&place, "run").0, step, "{answer}");
+        assert_eq!(answer["checkpoint"], format!("step-{step:09}"));
+        saved = step;
+    }
+    until("ranks train on", LONG, || started.is_over() || last() > saved);
+    signal(started.process(), Signal::TERM);
+    assert_eq!(started.wait_within(LONG).code, Some(75));
+    place.expect_no_process();
+}
+
 /// The figure in the README: the mean loss per held-out token before and after 60 steps. The bound is half of what was
 /// measured, so that it holds on other processors too.
 #[test]

@@ -10,6 +10,7 @@ use serde_json::Value;
 
 use super::adapter_figure::{Figure, QuantizationFigure};
 use super::adapter_source::{AdapterSource, AdapterSourceError, narrow, widen};
+use super::companions::copy_companions;
 use super::model_directory::{plan_merged, write_meta};
 use super::model_directory_error::DirectoryError;
 use super::source::{ModelSource, SourceError, open_model};
@@ -19,27 +20,11 @@ use crate::error::{Classify, Kind};
 use crate::format::{Encoding, TensorEntry};
 use crate::hub::Progress;
 use crate::quant::{FourBitCode, QuantError};
-use crate::store::{LocalStore, Store, StoreError, read_small, write_small};
+use crate::store::{LocalStore, Store, StoreError, write_small};
 use crate::types::{DType, Fqn, as_usize};
 
 /// Bytes of tensors in one file, unless the user says otherwise: what most published models have.
 pub const DEFAULT_SHARD_BYTES: u64 = 5_000_000_000;
-
-/// Files beside the weights that belong to a model wherever it goes.
-const COMPANIONS: [&str; 9] = [
-    "generation_config.json",
-    "tokenizer.json",
-    "tokenizer_config.json",
-    "tokenizer.model",
-    "special_tokens_map.json",
-    "added_tokens.json",
-    "vocab.json",
-    "merges.txt",
-    "chat_template.jinja",
-];
-
-/// A longer file beside the weights is not one of these; the largest tokenizers have 40 MB.
-const MAX_COMPANION_BYTES: u64 = 256 << 20;
 
 /// What is merged into what.
 #[derive(Debug)]
@@ -194,7 +179,7 @@ pub fn merge_adapter(
     if let Some(index) = files.index_json() {
         write_small(&to, "model.safetensors.index.json", index.as_bytes())?;
     }
-    copy_companions(&from, &to)?;
+    copy_companions(&from, &from, &to)?;
     if let Some(meta) = meta {
         write_meta(&to, &meta)?;
         to.create_dir("adapters")?;
@@ -296,17 +281,6 @@ fn one_tensor(
     }
     bytes.clear();
     narrow(&values, *dtype, bytes).map_err(convert)
-}
-
-fn copy_companions(from: &LocalStore, to: &LocalStore) -> Result<(), StoreError> {
-    for name in COMPANIONS {
-        match read_small(from, name, MAX_COMPANION_BYTES) {
-            Ok(bytes) => write_small(to, name, &bytes)?,
-            Err(error) if error.kind() == Kind::NotFound => {}
-            Err(error) => return Err(error),
-        }
-    }
-    Ok(())
 }
 
 /// config.json as the base has it, but for the element type where it was changed.

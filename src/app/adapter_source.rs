@@ -5,15 +5,14 @@
 use std::collections::BTreeMap;
 use std::path::{Path, PathBuf};
 
+use super::run_tensors::{RunTensors, RunTensorsError, StepChoice};
 use crate::adapter::{
     AdapterConfig, AdapterError, AdapterTensor, LinearModule, LoadedAdapter, Orientation, Target, parse_name,
 };
-use crate::checkpoint::{self, Checkpoint, CheckpointError, VerifiedFile};
 use crate::error::{Classify, Kind};
 use crate::format::{FormatError, safetensors};
 use crate::hub::{HubConfig, HubError, Progress, Reference, resolve};
-use crate::manifest::{SavedChunk, TrainingState};
-use crate::plan::Encoding;
+use crate::manifest::TrainingState;
 use crate::quant::{Kernels, QuantError, Source};
 use crate::store::{LocalStore, ReadAt, Store, StoreError, read_small};
 use crate::types::{ByteRange, DType, Fqn, Shape, Step, as_usize};
@@ -23,17 +22,6 @@ const TENSORS: &str = "adapter_model.safetensors";
 
 /// A longer configuration is none; one that names every layer of a large model has 100 kB.
 const MAX_CONFIG_BYTES: u64 = 16 << 20;
-
-/// Which checkpoint of a root.
-#[derive(Clone, Copy, Debug, PartialEq, Eq)]
-pub enum StepChoice {
-    /// The newest that holds.
-    Newest,
-    /// That of the evaluation with the lowest loss.
-    Best,
-    /// This one.
-    Step(Step),
-}
 
 /// Why an adapter cannot be read.
 #[derive(Debug, thiserror::Error)]
@@ -50,7 +38,7 @@ pub enum AdapterSourceError {
     Format(#[from] FormatError),
     /// The checkpoint cannot be read.
     #[error(transparent)]
-    Checkpoint(#[from] CheckpointError),
+    Checkpoint(#[from] RunTensorsError),
     /// The configuration or the tensors do not hold.
     #[error("{place}: {source}")]
     Adapter {
@@ -64,20 +52,6 @@ pub enum AdapterSourceError {
     NoAdapter {
         /// The checkpoint.
         place: String,
-    },
-    /// No evaluation was made before the checkpoint.
-    #[error("{place}: no evaluation has a lowest loss yet, so no step is the best")]
-    NoBest {
-        /// The newest checkpoint.
-        place: String,
-    },
-    /// The adapter's tensor is not stored as plain numbers.
-    #[error("tensor {fqn}: expected plain elements, found {encoding}")]
-    Encoded {
-        /// The tensor.
-        fqn: Fqn,
-        /// How it is stored.
-        encoding: String,
     },
     /// The adapter has values that are not numbers.
     #[error("tensor {fqn}: {count} values are infinite or not a number")]
@@ -105,8 +79,8 @@ impl Classify for AdapterSourceError {
             Self::Format(source) => source.kind(),
             Self::Checkpoint(source) => source.kind(),
             Self::Adapter { source, .. } => source.kind(),
-            Self::NoAdapter { .. } | Self::NoBest { .. } => Kind::NotFound,
-            Self::Encoded { .. } | Self::NotFinite { .. } => Kind::Invalid,
+            Self::NoAdapter { .. } => Kind::NotFound,
+            Self::NotFinite { .. } => Kind::Invalid,
             Self::Convert { source, .. } => source.kind(),
         }
     }
@@ -131,7 +105,7 @@ pub struct AdapterSource {
 #[derive(Debug)]
 enum Bytes {
     Peft { file: Box<dyn ReadAt>, ranges: BTreeMap<Fqn, ByteRange> },
-    Checkpoint { files: Vec<VerifiedFile>, chunks: BTreeMap<Fqn, Vec<SavedChunk>> },
+    Checkpoint(RunTensors),
 }
 
 impl AdapterSource {
@@ -169,37 +143,18 @@ impl AdapterSource {
     /// # Errors
     /// [`AdapterSourceError`].
     pub fn open_checkpoint(root: &Path, choice: StepChoice) -> Result<Self, AdapterSourceError> {
-        let store = LocalStore::new(root);
-        let checkpoint = choose(&store, choice)?;
-        let place = store.describe(&checkpoint.directory);
+        let checkpoint = RunTensors::open(root, choice)?;
+        let place = checkpoint.place.clone();
         let no_adapter = || AdapterSourceError::NoAdapter { place: place.clone() };
-        let training = checkpoint.manifest.trainer.training.clone().ok_or_else(no_adapter)?;
+        let training = checkpoint.training.clone().ok_or_else(no_adapter)?;
         let mut config = AdapterConfig::from_value(training.adapter.as_ref().ok_or_else(no_adapter)?)
             .map_err(adapter_error(&place))?;
         if config.base_model_name_or_path.is_none() {
             name_base(&mut config, &training.base_model);
         }
-        let mut files = Vec::with_capacity(checkpoint.manifest.files.len());
-        for file in &checkpoint.manifest.files {
-            let name = format!("{}/{}", checkpoint.directory, file.name);
-            files.push(VerifiedFile::open(&store, &name, file.bytes, file.digest_table)?);
-        }
-        let (mut tensors, mut chunks) = (BTreeMap::new(), BTreeMap::new());
-        for tensor in &checkpoint.manifest.tensors {
-            if parse_name(tensor.fqn.as_str()).is_none() {
-                continue;
-            }
-            let Encoding::Plain { dtype } = tensor.encoding else {
-                let encoding = tensor.encoding.name();
-                return Err(AdapterSourceError::Encoded { fqn: tensor.fqn.clone(), encoding });
-            };
-            let of_tensor = tensor.parts.iter().flat_map(|part| &part.chunks).copied().collect();
-            chunks.insert(tensor.fqn.clone(), of_tensor);
-            tensors.insert(tensor.fqn.clone(), (dtype, tensor.shape.clone()));
-        }
-        let step = Some(checkpoint.manifest.step);
-        let bytes = Bytes::Checkpoint { files, chunks };
-        Ok(Self { place, config, training: Some(training), step, tensors, bytes })
+        let tensors = checkpoint.plain(|fqn| parse_name(fqn.as_str()).is_some())?;
+        let step = Some(checkpoint.step);
+        Ok(Self { place, config, training: Some(training), step, tensors, bytes: Bytes::Checkpoint(checkpoint) })
     }
 
     /// The modules that the tensors speak of, with the sizes of A and B: what the adapter can say of its base.
@@ -251,15 +206,7 @@ impl AdapterSource {
                 let range = ranges.get(fqn).copied().unwrap_or_default();
                 file.read_exact_at(range.start(), &mut bytes)?;
             }
-            Bytes::Checkpoint { files, chunks } => {
-                for chunk in chunks.get(fqn).map_or(&[][..], Vec::as_slice) {
-                    let file = files.get(as_usize(u64::from(chunk.file)));
-                    let file = file.expect("FM-3 was checked when the manifest was read");
-                    let into = as_usize(chunk.at)..as_usize(chunk.at.saturating_add(chunk.range.len()));
-                    let into = bytes.get_mut(into).expect("FM-3 was checked when the manifest was read");
-                    file.read_exact_at(chunk.range.start(), into, fqn.as_str())?;
-                }
-            }
+            Bytes::Checkpoint(checkpoint) => checkpoint.read(fqn, &mut bytes)?,
         }
         let values = widen(dtype, &bytes).map_err(|source| AdapterSourceError::Convert { fqn: fqn.clone(), source })?;
         match values.iter().filter(|value| !value.is_finite()).count() {
@@ -303,29 +250,4 @@ fn name_base(config: &mut AdapterConfig, base: &str) {
     } else {
         config.base_model_name_or_path = Some(base.to_owned());
     }
-}
-
-fn choose(store: &LocalStore, choice: StepChoice) -> Result<Checkpoint, AdapterSourceError> {
-    let newest = || -> Result<Checkpoint, CheckpointError> {
-        let (checkpoint, skipped) = checkpoint::newest(store)?;
-        for skipped in skipped {
-            tracing::warn!(
-                directory = skipped.directory,
-                reason = skipped.reason,
-                "a newer checkpoint was passed over"
-            );
-        }
-        Ok(checkpoint)
-    };
-    Ok(match choice {
-        StepChoice::Newest => newest()?,
-        StepChoice::Step(step) => checkpoint::open(store, step)?,
-        StepChoice::Best => {
-            let newest = newest()?;
-            let place = store.describe(&newest.directory);
-            let best = newest.manifest.trainer.training.as_ref().and_then(|training| training.best);
-            let best = best.ok_or(AdapterSourceError::NoBest { place })?;
-            checkpoint::open(store, best.step)?
-        }
-    })
 }

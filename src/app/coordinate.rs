@@ -6,9 +6,11 @@ use std::time::Duration;
 
 use tokio::signal::unix::{SignalKind, signal};
 
-use super::launch::{Audience, JOIN_DEADLINE, job_record};
+use super::launch::{Audience, JOIN_DEADLINE, job_record, write_output};
+use super::model_export::ModelExportError;
 use super::prepare::{PrepareError, Prepared};
 use super::running::{RunFile, RunFileError};
+use super::train_output::{OutputPlace, RunOutput};
 use crate::config::JobConfig;
 use crate::coordinator::{
     Coordinator, CoordinatorConfig, CoordinatorError, Interrupted, JobRecord, Journal, JournalError, View,
@@ -46,6 +48,8 @@ pub struct Coordinated {
     pub loads: Vec<LoadReport>,
     /// Whether a signal asked for the end.
     pub preempted: bool,
+    /// What became of the model directory that a run which is done has as its output.
+    pub output: Option<Result<RunOutput, ModelExportError>>,
 }
 
 /// Why a coordinator cannot work.
@@ -152,6 +156,7 @@ pub async fn coordinate(
         }
     };
     (audience.note)(&format!("coordinator of job {} listens on {}", record.job, listener.address()));
+    let output = OutputPlace::of(&record);
     let directory = RunFile::directory()?;
     announce(&record, listener.address(), &token, &directory)?;
     // When only the end is left to be told, ranks that lost the coordinator before this one are still on their way here.
@@ -177,7 +182,8 @@ pub async fn coordinate(
     RunFile::remove(&directory);
     let loads = coordinator.loads();
     tasks.shut_down(Duration::from_millis(500)).await;
-    Ok(Coordinated { view, loads, preempted })
+    let output = if preempted { None } else { write_output(output, &view).await };
+    Ok(Coordinated { view, loads, preempted, output })
 }
 
 /// Follows the job to its end, and stays until its ranks have heard of it, for at least as long as `least`. A signal asks

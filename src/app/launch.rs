@@ -11,16 +11,18 @@ use weightcast_launcher::{
     stop_channel,
 };
 
+use super::model_export::ModelExportError;
 use super::prepare::Prepared;
 use super::running::{RunFile, RunFileError};
+use super::train_output::{OutputPlace, RunOutput};
 use crate::config::{JobConfig, variable};
 use crate::coordinator::{Coordinator, CoordinatorConfig, CoordinatorError, JobRecord, Journal, JournalError, View};
 use crate::error::{Classify, Kind};
 use crate::load::{LoadReport, logical_digests};
-use crate::membership::AfterLoad;
+use crate::membership::{AfterLoad, Phase};
 use crate::plan::DeviceRule;
 use crate::rpc::{Listener, ServeError, Token, TokenError, serve};
-use crate::tasks::{Tasks, survive_file_size_limit};
+use crate::tasks::{Tasks, blocking, survive_file_size_limit};
 use crate::types::{BackendWish, Fqn, JobId, Rank, Sharing, TensorDigest, WorldSize};
 
 /// Ranks of one host join within seconds; a scheduler may take minutes to place the last one.
@@ -48,6 +50,8 @@ pub struct Launched {
     pub loads: Vec<LoadReport>,
     /// The digest of every logical tensor, when the job asked for them and all ranks loaded.
     pub digests: Option<BTreeMap<Fqn, TensorDigest>>,
+    /// What became of the model directory that a run which is done has as its output.
+    pub output: Option<Result<RunOutput, ModelExportError>>,
 }
 
 /// Why a job could not be launched.
@@ -130,7 +134,7 @@ async fn launch_in(job: LaunchJob, directory: &Path, audience: Audience) -> Resu
     let listener = Listener::bind(SocketAddr::new(IpAddr::V4(Ipv4Addr::LOCALHOST), 0)).await?;
     let address = listener.address();
     let record = job_record(&config, prepared, address);
-    let (name, plan) = (record.job.to_string(), record.plan.clone());
+    let (name, plan, output) = (record.job.to_string(), record.plan.clone(), OutputPlace::of(&record));
     let mut tasks = Tasks::new();
     let coordinator = Coordinator::start(
         CoordinatorConfig { record, join_deadline: JOIN_DEADLINE, journal, is_restartable: false, left: None },
@@ -167,7 +171,17 @@ async fn launch_in(job: LaunchJob, directory: &Path, audience: Audience) -> Resu
     let loads = coordinator.loads();
     tasks.shut_down(Duration::from_millis(500)).await;
     let digests = plan.digests.then(|| logical_digests(&plan, &loads)).flatten();
-    Ok(Launched { report, view, loads, digests })
+    let output = if report.exit_code == 0 { write_output(output, &view).await } else { None };
+    Ok(Launched { report, view, loads, digests, output })
+}
+
+/// Writes the output of a run that came to its own end. One that was asked to stop goes on later.
+pub(super) async fn write_output(
+    output: Option<OutputPlace>,
+    view: &View,
+) -> Option<Result<RunOutput, ModelExportError>> {
+    let output = output.filter(|_| view.phase == Phase::Finished && !view.is_draining)?;
+    Some(blocking(move || output.write()).await)
 }
 
 /// The job of a configuration and its plan, whose coordinator listens at `listens`.

@@ -11,6 +11,7 @@ use serde::{Deserialize, Serialize};
 use super::adapter_source::AdapterSource;
 use super::model_directory_error::DirectoryError;
 use crate::adapter::{AdapterConfig, TargetModules, linears};
+use crate::error::{Classify as _, Kind};
 use crate::model::{Role, Skeleton, parse_parameters};
 use crate::store::{LocalStore, Store, StoreError, read_small, write_small};
 
@@ -177,6 +178,53 @@ fn read_meta(store: &LocalStore, directory: &str) -> Result<Option<ExportMeta>, 
     parsed.map(Some).map_err(|source| DirectoryError::Meta { path: store.describe(&name), source })
 }
 
+/// The record of the model directory `directory`, if it has one.
+pub(super) fn read_meta_of(directory: &Path) -> Result<Option<ExportMeta>, DirectoryError> {
+    read_meta(&LocalStore::new(directory), "")
+}
+
+/// How the model in `directory` came there; empty without a record.
+pub(super) fn history_of(directory: &Path) -> Result<Vec<HistoryEntry>, DirectoryError> {
+    Ok(read_meta_of(directory)?.map_or_else(Vec::new, |meta| meta.history))
+}
+
+/// Whether `directory` has a model's record, configuration or adapter.
+pub(super) fn is_model(directory: &Path) -> Result<bool, DirectoryError> {
+    let names = LocalStore::new(directory).list("")?;
+    Ok([META, "config.json", "adapter_config.json"].iter().any(|name| names.iter().any(|found| found == name)))
+}
+
+/// The number of parameters that config.json in `directory` gives, if there is one that can be read.
+pub(super) fn parameters_of(directory: &Path) -> Result<Option<u64>, DirectoryError> {
+    match read_small(&LocalStore::new(directory), "config.json", MAX_CONFIG_BYTES) {
+        Ok(config) => Ok(Skeleton::from_config(&config).ok().as_ref().map(Skeleton::parameters)),
+        Err(error) if error.kind() == Kind::NotFound => Ok(None),
+        Err(error) => Err(error.into()),
+    }
+}
+
+/// Refuses a model directory beside those of models of another size.
+pub(super) fn refuse_other_sizes(directory: &Path, name: &ModelName) -> Result<(), DirectoryError> {
+    let parent = directory.parent().filter(|parent| *parent != Path::new("")).unwrap_or_else(|| Path::new("."));
+    for found in LocalStore::new(parent).list("")? {
+        let path = parent.join(&found);
+        if let Ok(other) = ModelName::parse(&found)
+            && other.size != name.size
+            && is_directory(&path)
+            && is_model(&path)?
+        {
+            return Err(DirectoryError::MixedSizes {
+                directory: parent.display().to_string(),
+                first: name.to_string(),
+                first_size: name.size.clone(),
+                other: found,
+                other_size: other.size,
+            });
+        }
+    }
+    Ok(())
+}
+
 fn join(directory: &str, name: &str) -> String {
     if directory.is_empty() { name.to_owned() } else { format!("{directory}/{name}") }
 }
@@ -243,7 +291,9 @@ fn read_model(store: &LocalStore, directory: &str, name: ModelName) -> Result<Op
     if has("adapters") {
         for adapter in store.list(&adapters_directory)? {
             let path = join(&adapters_directory, &adapter);
-            if is_directory(&store.root().join(&path))
+            // A name with a dot in front is of an adapter that is being written, or was given up.
+            if !adapter.starts_with('.')
+                && is_directory(&store.root().join(&path))
                 && store.list(&path)?.iter().any(|name| name == "adapter_config.json")
             {
                 adapters.push(adapter);

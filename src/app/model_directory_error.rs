@@ -125,6 +125,12 @@ pub enum DirectoryError {
         /// Its size.
         other_size: String,
     },
+    /// Something else is where the output is to be.
+    #[error("{directory}: expected nothing there, or what this run wrote; give the model another version, such as -v2")]
+    Exists {
+        /// The directory.
+        directory: String,
+    },
     /// export_meta.json does not hold.
     #[error("{path}: {source}")]
     Meta {
@@ -157,6 +163,7 @@ impl Classify for DirectoryError {
             Self::Store(source) => source.kind(),
             Self::Adapter { source } => source.kind(),
             Self::Name { .. } | Self::Size { .. } | Self::Stage { .. } | Self::MixedSizes { .. } => Kind::Invalid,
+            Self::Exists { .. } => Kind::Conflict,
             Self::Meta { .. } => Kind::Corrupt,
             Self::None { .. } => Kind::NotFound,
         }

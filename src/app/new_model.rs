@@ -5,8 +5,9 @@ use std::sync::atomic::{AtomicUsize, Ordering};
 
 use super::model_directory::{ExportMeta, ModelName, Stage, write_meta};
 use super::model_directory_error::DirectoryError;
+use super::model_export::{model_args, pretty};
 use crate::error::{Classify, Kind};
-use crate::model::{GenerateError, GenerateRequest, NewModel, Preset, generate, generate_preset};
+use crate::model::{GenerateError, GenerateRequest, ModelConfig, NewModel, Preset, generate, generate_preset};
 use crate::store::{LocalStore, Store, StoreError, write_small};
 use crate::types::{DType, as_u64, as_usize};
 
@@ -47,7 +48,8 @@ pub fn new_model(request: &GenerateRequest, directory: &Path) -> Result<NewModel
     write_model(generate(request)?, directory)
 }
 
-/// As [`new_model`], of a preset. A directory whose name is of the form gets `export_meta.json` and `adapters/` too.
+/// As [`new_model`], of a preset. A directory whose name is of the form gets `model_args.json`, `export_meta.json` and
+/// `adapters/` too.
 ///
 /// # Errors
 /// [`NewModelError`]; the files written so far stay.
@@ -60,6 +62,9 @@ pub fn new_preset(preset: Preset, dtype: DType, seed: u64, directory: &Path) -> 
         }
         let store = LocalStore::new(directory);
         store.create_dir("adapters")?;
+        if let Ok(config) = ModelConfig::parse(model.config_json.as_bytes()) {
+            write_small(&store, "model_args.json", pretty(&model_args(&config)).as_bytes())?;
+        }
         let from = format!("preset {preset}, seed {seed}");
         write_meta(&store, &ExportMeta::new(&name, Stage::Pretrain, model.parameters, &from))?;
     }

@@ -2,6 +2,8 @@
 
 use std::path::Path;
 
+use super::model_directory_error::DirectoryError;
+use super::train_output::OutputPlace;
 use crate::adapter::{AdapterConfig, AdapterError};
 use crate::checkpoint::{Checkpoint, CheckpointError, plan_state};
 use crate::config::{ConfigError, JobConfig, QuantizationFormat};
@@ -53,6 +55,9 @@ pub enum TrainPlanError {
         /// Why.
         reason: String,
     },
+    /// The model directory that the run is to write cannot be.
+    #[error("train.output: {0}")]
+    Output(#[from] DirectoryError),
     /// The checkpoint to go on from is of another run.
     #[error(transparent)]
     Checkpoint(#[from] CheckpointError),
@@ -65,6 +70,11 @@ impl Classify for TrainPlanError {
             Self::Scan(source) => source.kind(),
             Self::Store(source) => source.kind(),
             Self::AdapterTensor { .. } | Self::Model { .. } => Kind::Invalid,
+            // A name that does not fit is a configuration that cannot work, not a bad input.
+            Self::Output(source) => match source.kind() {
+                Kind::Invalid => Kind::Conflict,
+                kind => kind,
+            },
             Self::Checkpoint(source) => source.kind(),
         }
     }
@@ -125,6 +135,7 @@ pub(super) fn train_plan(
     resumed: Option<&Checkpoint>,
 ) -> Result<TrainPlan, TrainPlanError> {
     let skeleton = skeleton(base)?;
+    OutputPlace::check(recipe, &skeleton, checkpoint_root)?;
     let start = recipe.lora.adapter.as_deref().filter(|_| recipe.method != Method::Full);
     let config = match (resumed.and_then(|checkpoint| checkpoint.manifest.trainer.training.as_ref()), start) {
         (Some(training), _) => training.adapter.as_ref().map(AdapterConfig::from_value).transpose()?,
@@ -225,7 +236,7 @@ fn warn_of_changes(before: &serde_json::Value, after: &serde_json::Value) {
     let (Some(before), Some(after)) = (before.as_object(), after.as_object()) else { return };
     for (key, now) in after {
         let was = before.get(key).unwrap_or(&serde_json::Value::Null);
-        if was != now && key != "steps" && key != "epochs" {
+        if was != now && !["steps", "epochs", "output"].contains(&key.as_str()) {
             tracing::warn!("train.{key} is {now}; the run began with {was}");
         }
     }

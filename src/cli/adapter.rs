@@ -235,14 +235,14 @@ fn inspect(flags: &SourceFlags, base: Option<&str>, as_json: bool) -> u8 {
     0
 }
 
-fn parse_step(text: &str) -> Result<StepChoice, String> {
+pub(super) fn parse_step(text: &str) -> Result<StepChoice, String> {
     match text {
         "best" => Ok(StepChoice::Best),
         _ => text.parse().map(|step| StepChoice::Step(Step(step))).map_err(|_| "expected a step or best".to_owned()),
     }
 }
 
-fn parse_dtype(text: &str) -> Result<DType, String> {
+pub(super) fn parse_dtype(text: &str) -> Result<DType, String> {
     let four_bit = ["nf4", "fp4", "4bit", "4-bit", "int4"].contains(&text.to_lowercase().as_str());
     if four_bit || text.eq_ignore_ascii_case("int8") {
         return Err("a quantized type would round base and adapter together and lose what was trained; merge into \

@@ -6,7 +6,6 @@ use clap::{Args, Parser, Subcommand, ValueEnum};
 use weightcast_launcher::LaunchArgs;
 
 use crate::config::{JobConfig, QuantizationFormat, ResumePolicy};
-use crate::model::{Architecture, Preset};
 use crate::plan::{Placement, Strategy};
 use crate::types::{BackendWish, DeviceWish};
 
@@ -47,7 +46,7 @@ pub enum Command {
     Model {
         /// What to do
         #[command(subcommand)]
-        command: ModelCommand,
+        command: super::model::ModelCommand,
     },
     /// Export, merge or look at a LoRA adapter
     Adapter {
@@ -63,6 +62,8 @@ pub enum Command {
     },
     /// Show the ranks of a running job
     Status(StatusFlags),
+    /// Have a running job write a checkpoint now, and wait until it is committed
+    Save(JobFlags),
     /// End a running job in an orderly way, with a checkpoint if it has none
     Drain(JobFlags),
     /// Run the main job on a small real model, with a crash in the middle
@@ -318,82 +319,6 @@ impl JobOverrides {
         config.checkpoint.step = self.step.unwrap_or(config.checkpoint.step);
         config.job.hold |= self.hold;
     }
-}
-
-/// `weightcast model …`
-#[derive(Debug, Subcommand)]
-pub enum ModelCommand {
-    /// Parameters, bytes by dtype, layers and tied weights, from the headers alone
-    Inspect {
-        /// Model directory, file, or hub id
-        model: String,
-        /// Print JSON on stdout
-        #[arg(long)]
-        json: bool,
-    },
-    /// Make a model with seeded random weights, in seconds
-    New {
-        /// The family
-        #[arg(long, value_parser = parse_architecture, default_value = "llama")]
-        arch: Architecture,
-        /// About how many parameters, such as 135M or 1B
-        #[arg(long, required_unless_present = "preset")]
-        params: Option<String>,
-        /// A GPT-2 model of a fixed size: 38M, 124M, 350M
-        #[arg(long, conflicts_with_all = ["params", "arch"])]
-        preset: Option<Preset>,
-        /// Element type: bfloat16, float16, float32
-        #[arg(long, default_value = "bfloat16")]
-        dtype: String,
-        /// What the values follow from
-        #[arg(long, default_value_t = 0)]
-        seed: u64,
-        /// Where to write it
-        directory: PathBuf,
-    },
-    /// Make a model directory of nanoGPT's ckpt.pt, without running anything that is in it
-    Convert {
-        /// The checkpoint that torch.save wrote
-        ckpt: PathBuf,
-        /// The model directory, named {architecture}-{size}-{dataset}-{training_type}[-{version}]
-        #[arg(long, value_name = "DIR")]
-        output: PathBuf,
-        /// The function within the MLP, which the checkpoint does not say: gelu (nanoGPT since 2023), gelu_new (before)
-        #[arg(long, default_value = "gelu", value_parser = ["gelu", "gelu_new"])]
-        activation: String,
-        /// Print JSON on stdout
-        #[arg(long)]
-        json: bool,
-    },
-    /// The model directories in a directory
-    List {
-        /// The directory
-        #[arg(default_value = ".")]
-        directory: PathBuf,
-        /// Print JSON on stdout
-        #[arg(long)]
-        json: bool,
-    },
-    /// What there is of each stage of a model: pretrain, lora, merged, deployed
-    Lifecycle {
-        /// A model directory, or a directory of the stages of one model
-        directory: PathBuf,
-        /// Record that the model directory is deployed, and where
-        #[arg(long, value_name = "WHERE")]
-        deployed: Option<String>,
-        /// Print JSON on stdout
-        #[arg(long)]
-        json: bool,
-    },
-    /// Compute logits, and the gradients of an adapter, to check that a model is computed right
-    Forward(Box<super::forward::ForwardFlags>),
-}
-
-fn parse_architecture(text: &str) -> Result<Architecture, String> {
-    let known =
-        [Architecture::Llama, Architecture::Mistral, Architecture::Qwen2, Architecture::Qwen3, Architecture::Bert];
-    let found = known.into_iter().find(|architecture| architecture.name() == text);
-    found.ok_or_else(|| "expected llama, mistral, qwen2, qwen3 or bert".to_owned())
 }
 
 /// `weightcast checkpoint …`

@@ -39,7 +39,7 @@ pub(super) fn run(flags: CoordinatorFlags) -> u8 {
 
 /// Says how the job ended and gives its exit code.
 fn finish(coordinated: &Coordinated, as_json: bool) -> u8 {
-    let Coordinated { view, loads, preempted } = coordinated;
+    let Coordinated { view, loads, preempted, output } = coordinated;
     let code = view.cause().map_or(if *preempted { super::EXIT_PREEMPTED } else { 0 }, |cause| cause.exit_code);
     if as_json {
         json(&json!({
@@ -56,5 +56,5 @@ fn finish(coordinated: &Coordinated, as_json: bool) -> u8 {
         Some(cause) => say(&format!("error: job {}: {}", view.job, cause.message)),
         None => say(&format!("job {} is finished", view.job)),
     }
-    code
+    if code == 0 { super::launch::output(output.as_ref()) } else { code }
 }

@@ -1,4 +1,4 @@
-//! `weightcast status` and `weightcast drain`.
+//! `weightcast status`, `weightcast save` and `weightcast drain`.
 
 use std::io::IsTerminal as _;
 use std::time::Duration;
@@ -12,10 +12,12 @@ use super::output::{bytes, data, fail, fail_with, json, say};
 use crate::app::{RunFile, RunFileError};
 use crate::error::Kind;
 use crate::metrics::sparkline;
-use crate::rpc::{Clients, ConnectError, Token, TokenError, describe_status, kind_of, request};
+use crate::rpc::{Clients, ConnectError, Token, TokenError, describe_status, kind_of, patient_request, request};
 
 /// Ranks renew twice a second.
 const WATCH_INTERVAL: Duration = Duration::from_secs(1);
+/// A step of a large model and the writing of its state take minutes.
+const SAVE_DEADLINE: Duration = Duration::from_secs(3600);
 const SPARKLINE_WIDTH: usize = 64;
 
 #[derive(Debug, thiserror::Error)]
@@ -97,6 +99,30 @@ pub(super) fn status(flags: &StatusFlags) -> u8 {
             }
             fail(&error)
         }
+    }
+}
+
+pub(super) fn save(flags: &JobFlags) -> u8 {
+    let answer = block_on(async {
+        let (mut clients, token) = connect(flags).await?;
+        let request_id = format!("cli-{}", std::process::id());
+        let message = patient_request(&token, v1::SaveCheckpointRequest { request_id }, SAVE_DEADLINE)?;
+        Ok(clients.job.save_checkpoint(message).await?.into_inner())
+    });
+    match answer {
+        Ok(saved) if flags.json => {
+            json(&json!({"step": saved.step, "checkpoint": saved.directory}));
+            0
+        }
+        Ok(saved) if saved.directory.is_empty() => {
+            say("nothing has changed since the checkpoint that the job was loaded from");
+            0
+        }
+        Ok(saved) => {
+            data(&saved.directory);
+            0
+        }
+        Err(error) => fail(&error),
     }
 }
 

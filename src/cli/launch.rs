@@ -6,7 +6,9 @@ use weightcast_launcher::{Environment, Event, EventSink, Launch, LaunchArgs, run
 use super::args::{JobOverrides, LaunchFlags};
 use super::output::{bytes, fail, fail_with, json, refuse, say};
 use super::progress::ProgressLine;
-use crate::app::{Audience, CoordinatorAddress, LaunchJob, Launched, join, launch, prepare};
+use crate::app::{
+    Audience, CoordinatorAddress, LaunchJob, Launched, ModelExportError, RunOutput, join, launch, prepare,
+};
 use crate::config::JobConfig;
 use crate::membership::Phase;
 use crate::plan::DeviceRule;
@@ -153,6 +155,7 @@ fn finish(launched: &Launched, as_json: bool) -> u8 {
             "checkpoint": launched.view.last_checkpoint,
             "loads": launched.loads,
             "digests": launched.digests,
+            "output": launched.output.as_ref().and_then(|output| output.as_ref().ok()).map(RunOutput::directory),
         }));
     }
     if let Some(cause) = cause {
@@ -163,7 +166,30 @@ fn finish(launched: &Launched, as_json: bool) -> u8 {
     } else {
         summarize(launched);
     }
-    code
+    if code == 0 { output(launched.output.as_ref()) } else { code }
+}
+
+/// Says what became of a run's output and gives the job's exit code.
+pub(super) fn output(output: Option<&Result<RunOutput, ModelExportError>>) -> u8 {
+    match output {
+        None | Some(Ok(RunOutput::Unchanged { .. })) => 0,
+        Some(Ok(RunOutput::Written { directory, step })) => {
+            say(&format!("wrote {}, of step {step}", directory.display()));
+            0
+        }
+        Some(Ok(RunOutput::Older { directory, step })) => {
+            say(&format!(
+                "warning: {} is of an earlier step of this run and was left as it is; `weightcast model export` or \
+                 `weightcast adapter export` writes step {step} elsewhere",
+                directory.display()
+            ));
+            0
+        }
+        Some(Err(error)) => {
+            say("the run is done and its last checkpoint is committed, but its output could not be written");
+            fail(error)
+        }
+    }
 }
 
 fn summarize(launched: &Launched) {

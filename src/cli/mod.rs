@@ -54,6 +54,7 @@ pub fn main(arguments: impl Iterator<Item = std::ffi::OsString>) -> u8 {
         Command::Model { command } => model::run(&command),
         Command::Checkpoint { command } => checkpoint::run(&command),
         Command::Status(flags) => job::status(&flags),
+        Command::Save(flags) => job::save(&flags),
         Command::Drain(flags) => job::drain(&flags),
         Command::Demo(flags) => demo::run(&flags),
         Command::Bench { command, json } => bench::run(&command, json),

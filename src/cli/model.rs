@@ -1,16 +1,105 @@
 //! `weightcast model`.
 
-use std::path::Path;
+use std::path::{Path, PathBuf};
 
+use clap::Subcommand;
 use serde_json::json;
 
-use super::args::ModelCommand;
 use super::output::{bytes, data, fail, json as print_json, say};
 use crate::app::{
-    NewModelError, Stage, convert_ckpt, lifecycle, list_models, new_model, new_preset, open_model, record_stage,
+    NewModelError, Stage, StepChoice, TrainedRun, convert_ckpt, export_model, lifecycle, list_models, new_model,
+    new_preset, open_model, record_stage,
 };
-use crate::model::{DEFAULT_FILE_BYTES, GenerateRequest, NewModel, inspect, parse_parameters};
+use crate::model::{Architecture, DEFAULT_FILE_BYTES, GenerateRequest, NewModel, Preset, inspect, parse_parameters};
 use crate::types::DType;
+
+/// `weightcast model …`
+#[derive(Debug, Subcommand)]
+pub enum ModelCommand {
+    /// Parameters, bytes by dtype, layers and tied weights, from the headers alone
+    Inspect {
+        /// Model directory, file, or hub id
+        model: String,
+        /// Print JSON on stdout
+        #[arg(long)]
+        json: bool,
+    },
+    /// Make a model with seeded random weights, in seconds
+    New {
+        /// The family
+        #[arg(long, value_parser = parse_architecture, default_value = "llama")]
+        arch: Architecture,
+        /// About how many parameters, such as 135M or 1B
+        #[arg(long, required_unless_present = "preset")]
+        params: Option<String>,
+        /// A GPT-2 model of a fixed size: 38M, 124M, 350M
+        #[arg(long, conflicts_with_all = ["params", "arch"])]
+        preset: Option<Preset>,
+        /// Element type: bfloat16, float16, float32
+        #[arg(long, default_value = "bfloat16")]
+        dtype: String,
+        /// What the values follow from
+        #[arg(long, default_value_t = 0)]
+        seed: u64,
+        /// Where to write it
+        directory: PathBuf,
+    },
+    /// Make a model directory of nanoGPT's ckpt.pt, without running anything that is in it
+    Convert {
+        /// The checkpoint that torch.save wrote
+        ckpt: PathBuf,
+        /// The model directory, named {architecture}-{size}-{dataset}-{training_type}[-{version}]
+        #[arg(long, value_name = "DIR")]
+        output: PathBuf,
+        /// The function within the MLP, which the checkpoint does not say: gelu (nanoGPT since 2023), gelu_new (before)
+        #[arg(long, default_value = "gelu", value_parser = ["gelu", "gelu_new"])]
+        activation: String,
+        /// Print JSON on stdout
+        #[arg(long)]
+        json: bool,
+    },
+    /// Write the weights that a run of type full has trained as a model
+    Export {
+        /// The checkpoint directory of a training run
+        #[arg(long, value_name = "DIR")]
+        checkpoint: PathBuf,
+        /// Which step: a number, or best; without it the newest
+        #[arg(long, value_parser = super::adapter::parse_step)]
+        step: Option<StepChoice>,
+        /// Where to write the model; a name of the form {architecture}-{size}-{dataset}-{training_type}[-{version}] makes
+        /// it a model directory
+        #[arg(long, value_name = "DIR")]
+        output: PathBuf,
+        /// Element type: float32, bfloat16, float16
+        #[arg(long, value_parser = super::adapter::parse_dtype, default_value = "float32")]
+        dtype: DType,
+        /// Print JSON on stdout
+        #[arg(long)]
+        json: bool,
+    },
+    /// The model directories in a directory
+    List {
+        /// The directory
+        #[arg(default_value = ".")]
+        directory: PathBuf,
+        /// Print JSON on stdout
+        #[arg(long)]
+        json: bool,
+    },
+    /// What there is of each stage of a model: pretrain, lora, merged, deployed
+    Lifecycle {
+        /// A model directory, or a directory of the stages of one model
+        directory: PathBuf,
+        /// Record that the model directory is deployed, and where
+        #[arg(long, value_name = "WHERE")]
+        deployed: Option<String>,
+        /// Print JSON on stdout
+        #[arg(long)]
+        json: bool,
+    },
+    /// Compute logits, and the gradients of an adapter, to check that a model is computed right
+    Forward(Box<super::forward::ForwardFlags>),
+}
 
 pub(super) fn run(command: &ModelCommand) -> u8 {
     match command {
@@ -49,6 +138,9 @@ pub(super) fn run(command: &ModelCommand) -> u8 {
                 0
             }
         },
+        ModelCommand::Export { checkpoint, step, output, dtype, json } => {
+            export(checkpoint, step.unwrap_or(StepChoice::Newest), (output, *dtype), *json)
+        }
         ModelCommand::List { directory, json } => list(directory, *json),
         ModelCommand::Lifecycle { directory, deployed, json } => show_lifecycle(directory, deployed.as_deref(), *json),
     }
@@ -63,6 +155,24 @@ fn show_new(made: Result<NewModel, NewModelError>, directory: &Path) -> u8 {
         }
         Err(error) => fail(&error),
     }
+}
+
+fn export(root: &Path, step: StepChoice, (output, dtype): (&Path, DType), as_json: bool) -> u8 {
+    let exported = TrainedRun::open(root, step).and_then(|run| export_model(&run, dtype, output));
+    let exported = match exported {
+        Ok(exported) => exported,
+        Err(error) => return fail(&error),
+    };
+    if as_json {
+        print_json(&json!({
+            "output": output, "step": exported.step, "parameters": exported.parameters, "bytes": exported.bytes,
+            "dtype": dtype.torch_name(),
+        }));
+    } else {
+        let (step, parameters, size) = (exported.step, exported.parameters, bytes(exported.bytes));
+        data(&format!("{}: model of step {step}: {parameters} parameters, {size}", output.display()));
+    }
+    0
 }
 
 fn list(directory: &Path, as_json: bool) -> u8 {
@@ -128,4 +238,11 @@ fn show(model: &str, as_json: bool) -> u8 {
         data(&format!("tied          {} is {}", tie.alias, tie.target));
     }
     0
+}
+
+fn parse_architecture(text: &str) -> Result<Architecture, String> {
+    let known =
+        [Architecture::Llama, Architecture::Mistral, Architecture::Qwen2, Architecture::Qwen3, Architecture::Bert];
+    let found = known.into_iter().find(|architecture| architecture.name() == text);
+    found.ok_or_else(|| "expected llama, mistral, qwen2, qwen3 or bert".to_owned())
 }

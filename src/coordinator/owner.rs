@@ -72,6 +72,8 @@ impl Owner {
             is_training: false,
             is_draining: false,
             committed_step: None,
+            save_request: 0,
+            save_answered: None,
         };
         view.update(&membership);
         let (views, seen) = watch::channel(view);

@@ -37,6 +37,10 @@ pub struct View {
     pub is_draining: bool,
     /// The newest step that this job has committed.
     pub committed_step: Option<Step>,
+    /// The newest request for a checkpoint of a training job; 0 for none.
+    pub save_request: u64,
+    /// The newest request that a snapshot has answered, and its step.
+    pub save_answered: Option<(u64, Step)>,
 }
 
 /// A snapshot of one rank.
@@ -92,6 +96,8 @@ impl View {
         self.is_training = membership.is_training();
         self.is_draining = membership.is_draining();
         self.committed_step = membership.committed_step();
+        self.save_request = membership.save_request();
+        self.save_answered = membership.save_answered();
         self.ranks = membership
             .members()
             .iter()

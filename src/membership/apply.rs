@@ -31,9 +31,11 @@ impl Membership {
             Event::ProcessEnded { rank, message, exit_code } => {
                 Ok(self.abort(Cause { rank: Some(rank), message: format!("rank {rank} {message}"), exit_code }))
             }
-            Event::SnapshotTaken { member, generation, step } => self.snapshot_taken(&member, generation, step),
+            Event::SnapshotTaken { member, generation, step, answers } => {
+                self.snapshot_taken(&member, generation, (step, answers))
+            }
             Event::Trained { member, generation } => self.trained(&member, generation),
-            Event::SaveRequested(step) => self.save_requested(step),
+            Event::SaveRequested { step, request } => self.save_requested(step, request),
             Event::DrainRequested(save) => self.drain_requested(save),
             Event::Tick => Ok(self.tick(now)),
         }
@@ -155,8 +157,16 @@ impl Membership {
         self.work_done()
     }
 
-    fn snapshot_taken(&mut self, member: &str, generation: Generation, step: Step) -> Result<Vec<Effect>, Refusal> {
+    fn snapshot_taken(
+        &mut self,
+        member: &str,
+        generation: Generation,
+        (step, answers): (Step, u64),
+    ) -> Result<Vec<Effect>, Refusal> {
         self.of_generation(member, generation)?;
+        if self.save_answered.is_none_or(|(known, _)| known < answers) {
+            self.save_answered = Some((answers, step));
+        }
         // Said again after a restart of the coordinator, it may be on its way or be done already.
         let at_hand = match &self.phase {
             Phase::Beginning { step } => Some(*step),
@@ -227,11 +237,19 @@ impl Membership {
         Vec::new()
     }
 
-    fn save_requested(&mut self, step: Step) -> Result<Vec<Effect>, Refusal> {
+    fn save_requested(&mut self, step: Step, request: u64) -> Result<Vec<Effect>, Refusal> {
         self.refuse_if_over()?;
-        // A training run takes its own checkpoints; what it holds at its end is in the last one.
-        if self.phase != Phase::Holding || self.settings.after_load.train {
+        if self.is_training() {
+            // Ranks see the number and take a snapshot after the step that they are at; it comes as any other.
+            self.save_request = self.save_request.max(request);
+            return Ok(Vec::new());
+        }
+        if self.phase != Phase::Holding {
             return Err(Refusal::NotNow { phase: self.phase.name(), request: "save" });
+        }
+        // What the ranks hold has not changed since.
+        if self.settings.resumed || self.last_checkpoint.is_some() {
+            return Ok(Vec::new());
         }
         self.phase = Phase::Beginning { step };
         Ok(vec![Effect::BeginSave(step)])

@@ -160,6 +160,8 @@ pub enum Event {
         generation: Generation,
         /// The step.
         step: Step,
+        /// The newest request for a checkpoint that had been seen before the snapshot was taken; 0 for none.
+        answers: u64,
     },
     /// A rank has come to the end of its training.
     Trained {
@@ -169,7 +171,12 @@ pub enum Event {
         generation: Generation,
     },
     /// Somebody asks for a checkpoint now.
-    SaveRequested(Step),
+    SaveRequested {
+        /// The step that it is of when the ranks hold what they loaded; those that train know theirs.
+        step: Step,
+        /// The number of the request, higher than those before it.
+        request: u64,
+    },
     /// Somebody asks for an orderly end. With a step, a checkpoint of it is written first, unless this job has one.
     DrainRequested(Option<Step>),
     /// Time passes.
@@ -193,7 +200,7 @@ impl Event {
             Self::ProcessEnded { .. } => "coordinator.process-ended",
             Self::SnapshotTaken { .. } => "coordinator.snapshot-taken",
             Self::Trained { .. } => "coordinator.trained",
-            Self::SaveRequested(_) => "coordinator.save-requested",
+            Self::SaveRequested { .. } => "coordinator.save-requested",
             Self::DrainRequested(_) => "coordinator.drain-requested",
             Self::Tick => "coordinator.tick",
         }

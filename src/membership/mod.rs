@@ -66,6 +66,10 @@ pub struct Membership {
     /// A step of training that is to be written when the checkpoint at hand is committed.
     next_snapshot: Option<Step>,
     last_checkpoint: Option<(Step, String)>,
+    /// The newest request for a checkpoint of a training job; 0 for none.
+    save_request: u64,
+    /// The newest request that a snapshot has answered, and its step.
+    save_answered: Option<(u64, Step)>,
 }
 
 /// What the job is doing.
@@ -166,6 +170,8 @@ impl Membership {
             save_before_end: None,
             next_snapshot: None,
             last_checkpoint: None,
+            save_request: 0,
+            save_answered: None,
         }
     }
 
@@ -227,6 +233,18 @@ impl Membership {
     pub fn is_training(&self) -> bool {
         let all_loaded = self.members.iter().all(|member| member.as_ref().is_some_and(|member| member.loaded));
         self.settings.after_load.train && all_loaded && !self.is_over()
+    }
+
+    /// The newest request for a checkpoint of a training job; 0 for none.
+    #[must_use]
+    pub const fn save_request(&self) -> u64 {
+        self.save_request
+    }
+
+    /// The newest request for a checkpoint that a snapshot has answered, and the snapshot's step.
+    #[must_use]
+    pub const fn save_answered(&self) -> Option<(u64, Step)> {
+        self.save_answered
     }
 
     /// Whether the job is to end in an orderly way.

@@ -182,10 +182,16 @@ fn ms_3_the_first_cause_stands() {
 #[test]
 fn a_holding_job_saves_and_drains_on_request() {
     let mut job = Job::formed(1, HOLD);
-    assert!(matches!(job.apply(Event::SaveRequested(Step(0))), Err(Refusal::NotNow { phase: "loading", .. })));
+    assert!(matches!(
+        job.apply(Event::SaveRequested { step: Step(0), request: 1 }),
+        Err(Refusal::NotNow { phase: "loading", .. })
+    ));
     job.loaded(0).expect("current");
     assert_eq!(job.membership.phase(), &Phase::Holding);
-    assert!(matches!(job.apply(Event::SaveRequested(Step(0))).expect("now")[..], [Effect::BeginSave(Step(0))]));
+    assert!(matches!(
+        job.apply(Event::SaveRequested { step: Step(0), request: 1 }).expect("now")[..],
+        [Effect::BeginSave(Step(0))]
+    ));
     job.apply(Event::DrainRequested(None)).expect("accepted while saving");
     job.apply(Event::SaveBegun { attempt: Attempt(3), directory: String::new() }).expect("no refusal");
     job.saved(0).expect("current");
@@ -258,8 +264,12 @@ const TRAIN: AfterLoad = AfterLoad { save: None, train: true, then: ExitPolicy::
 
 impl Job {
     fn snapshot(&mut self, step: u64) -> Vec<Effect> {
+        self.snapshot_for(step, 0)
+    }
+
+    fn snapshot_for(&mut self, step: u64, answers: u64) -> Vec<Effect> {
         let member = self.id(0);
-        let event = Event::SnapshotTaken { member, generation: Generation(8), step: Step(step) };
+        let event = Event::SnapshotTaken { member, generation: Generation(8), step: Step(step), answers };
         self.apply(event).expect("current")
     }
 
@@ -303,6 +313,24 @@ fn a_training_job_saves_in_turn_and_ends_when_all_have_trained() {
     assert!(job.membership.is_training(), "the last checkpoint is still being written");
     assert!(job.commit(20).is_empty());
     assert_eq!(job.membership.phase(), &Phase::Finished);
+}
+
+/// A request while a checkpoint is written is for the step after; the snapshot that was on its way does not answer it.
+#[test]
+fn a_save_of_a_training_job_is_of_a_step_after_the_request() {
+    let mut job = Job::formed(1, TRAIN);
+    let ask = |request| Event::SaveRequested { step: Step(0), request };
+    assert!(matches!(job.apply(ask(5)), Err(Refusal::NotNow { phase: "loading", .. })));
+    job.loaded(0).expect("current");
+    job.snapshot(10);
+    assert!(job.apply(ask(6)).expect("accepted while a checkpoint is written").is_empty());
+    assert!(job.apply(ask(4)).expect("accepted").is_empty(), "an older number changes nothing");
+    assert_eq!(job.membership.save_request(), 6);
+    job.snapshot(10);
+    assert!(job.membership.save_answered().is_none_or(|(request, _)| request < 6));
+    job.commit(10);
+    assert!(matches!(job.snapshot_for(11, 6)[..], [Effect::BeginSave(Step(11))]));
+    assert_eq!(job.membership.save_answered(), Some((6, Step(11))));
 }
 
 /// A drain of a training job waits for the run to stop by itself.

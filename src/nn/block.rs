@@ -4,7 +4,7 @@ use std::sync::Arc;
 
 use candle_core::{Result, Shape, Tensor, Var};
 
-use super::layers::{Attention, Block, Linear, Mlp, Norm, Projections};
+use super::layers::{Attention, Block, Gelu, Linear, Mlp, Norm, Projections};
 use super::ops::adapter::AdapterSaved;
 use super::ops::attention::{self, AttentionSaved, Qkv};
 use super::ops::fused::{Function, Gradients, apply};
@@ -265,9 +265,12 @@ impl BlockFunction {
                 let inner = activation::silu_mul(gate.0.data(), up.0.data());
                 ((Some(gate.0), gate.1), up, inner)
             }
-            Mlp::Plain { up, .. } => {
+            Mlp::Plain { up, gelu, .. } => {
                 let up = self.linear(up, x, wanted)?;
-                let inner = activation::gelu(up.0.data());
+                let inner = match gelu {
+                    Gelu::Tanh => activation::gelu(up.0.data()),
+                    Gelu::Exact => activation::gelu_exact(up.0.data()),
+                };
                 ((None, None), up, inner)
             }
         };
@@ -278,13 +281,16 @@ impl BlockFunction {
     fn mlp_backward(&self, x: &Matrix, saved: SavedMlp, gradient: &Matrix, found: &mut Gradients) -> Result<Matrix> {
         let SavedMlp { adapters: [gate_adapter, up_adapter, down_adapter], gate: saved_gate, up: mut slope, inner } =
             saved;
-        let (gate, up, down) = match &self.block.mlp {
-            Mlp::Gated { gate, up, down } => (Some(gate), up, down),
-            Mlp::Plain { up, down } => (None, up, down),
+        let (gate, up, down, gelu) = match &self.block.mlp {
+            Mlp::Gated { gate, up, down } => (Some(gate), up, down, Gelu::Tanh),
+            Mlp::Plain { up, down, gelu } => (None, up, down, *gelu),
         };
         let inner = self.linear_backward((down, &inner), down_adapter.as_ref(), gradient, found)?;
         let (Some(gate), Some(mut gate_slope)) = (gate, saved_gate) else {
-            activation::gelu_backward(slope.data_mut(), inner.data());
+            match gelu {
+                Gelu::Tanh => activation::gelu_backward(slope.data_mut(), inner.data()),
+                Gelu::Exact => activation::gelu_exact_backward(slope.data_mut(), inner.data()),
+            }
             return self.linear_backward((up, x), up_adapter.as_ref(), &slope, found);
         };
         activation::silu_mul_backward(gate_slope.data_mut(), slope.data_mut(), inner.data());
@@ -333,7 +339,7 @@ impl Block {
         linear(&[&self.attention.output]);
         match &self.mlp {
             Mlp::Gated { gate, up, down } => linear(&[gate, up, down]),
-            Mlp::Plain { up, down } => linear(&[up, down]),
+            Mlp::Plain { up, down, .. } => linear(&[up, down]),
         }
         found
     }

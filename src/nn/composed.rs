@@ -3,7 +3,7 @@
 
 use candle_core::{D, Device, Result, Tensor};
 
-use super::layers::{Attention, Block, Linear, Mlp, Norm, Order, Projections};
+use super::layers::{Attention, Block, Gelu, Linear, Mlp, Norm, Order, Projections};
 use super::ops::{FrozenLinear, dropout_mask};
 use super::{Lora, Parameter, Pass, Tokens};
 
@@ -16,7 +16,14 @@ pub(super) fn block(block: &Block, x: &Tensor, pass: &Pass) -> Result<Tensor> {
             let inner = (linear(gate, &normed, pass)?.silu()? * linear(up, &normed, pass)?)?;
             linear(down, &inner, pass)?
         }
-        Mlp::Plain { up, down } => linear(down, &linear(up, &normed, pass)?.gelu()?, pass)?,
+        Mlp::Plain { up, down, gelu } => {
+            let up = linear(up, &normed, pass)?;
+            let inner = match gelu {
+                Gelu::Tanh => up.gelu()?,
+                Gelu::Exact => up.gelu_erf()?,
+            };
+            linear(down, &inner, pass)?
+        }
     };
     x + mlp
 }

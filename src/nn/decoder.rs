@@ -222,7 +222,7 @@ fn check(config: &ModelConfig) -> Result<(), NnError> {
         return unsupported("head", "a language model's (…ForCausalLM)", "a base model without one");
     }
     let (expected, known): (_, &[&str]) = match config.architecture {
-        Architecture::Gpt2 => ("gelu_new", &["gelu_new", "gelu_pytorch_tanh"]),
+        Architecture::Gpt2 => ("gelu_new or gelu", &["gelu_new", "gelu_pytorch_tanh", "gelu"]),
         _ => ("silu", &["silu", "swish"]),
     };
     if !known.contains(&config.hidden_act.as_str()) {

@@ -80,8 +80,17 @@ impl AttentionShape {
 pub(super) enum Mlp {
     /// `down(silu(gate(x)) * up(x))`.
     Gated { gate: Linear, up: Linear, down: Linear },
-    /// `down(gelu(up(x)))`, gelu by tanh.
-    Plain { up: Linear, down: Linear },
+    /// `down(gelu(up(x)))`.
+    Plain { up: Linear, down: Linear, gelu: Gelu },
+}
+
+/// Which of the two functions of this name.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub(super) enum Gelu {
+    /// GPT-2's approximation by tanh (`gelu_new`).
+    Tanh,
+    /// With the error function (`gelu`).
+    Exact,
 }
 
 /// One layer: `x + attention(norm(x))`, then `x + mlp(norm(x))`.
@@ -222,6 +231,7 @@ impl<'a> Finder<'a> {
             mlp: Mlp::Plain {
                 up: self.linear(&format!("{prefix}.mlp.c_fc"), [inner, hidden], kind)?,
                 down: self.linear(&format!("{prefix}.mlp.c_proj"), [hidden, inner], kind)?,
+                gelu: if config.hidden_act == "gelu" { Gelu::Exact } else { Gelu::Tanh },
             },
         })
     }

@@ -108,6 +108,16 @@ pub fn request<T>(token: &Token, message: T) -> Result<Request<T>, TokenError> {
     Ok(request)
 }
 
+/// As [`request`], for an answer that may take as long as `deadline`.
+///
+/// # Errors
+/// As [`request`].
+pub fn patient_request<T>(token: &Token, message: T, deadline: Duration) -> Result<Request<T>, TokenError> {
+    let mut request = request(token, message)?;
+    request.set_timeout(deadline);
+    Ok(request)
+}
+
 /// A status in words.
 #[must_use]
 pub fn describe_status(status: &tonic::Status) -> String {

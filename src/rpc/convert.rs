@@ -54,6 +54,7 @@ pub(super) fn watch(coordinator: &Coordinator, view: &View) -> v1::WatchResponse
         nccl_unique_id: view.nccl_unique_id.clone(),
         stop: view.is_draining,
         committed_step: view.committed_step.map(|step| step.0),
+        save_request: view.save_request,
     }
 }
 

@@ -8,7 +8,7 @@ use super::convert;
 use super::server::expect_deadline;
 use super::status::status;
 use crate::coordinator::Coordinator;
-use crate::membership::Event;
+use crate::membership::{Event, Phase, Refusal};
 use crate::types::Rank;
 
 #[derive(Debug)]
@@ -36,15 +36,33 @@ impl JobService for JobServer {
         let Some(step) = self.coordinator.next_step() else {
             return Err(Status::failed_precondition("the job has no checkpoint directory"));
         };
-        self.coordinator.apply(Event::SaveRequested(step)).await.map_err(|refusal| status(&refusal))?;
-        let views = self.coordinator.views();
-        let view = views.borrow();
-        let attempt = view.save().map_or(0, |save| save.attempt.0);
-        Ok(Response::new(v1::SaveCheckpointResponse {
-            header: Some(convert::header(&self.coordinator, &view)),
-            step: step.0,
-            attempt,
-        }))
+        // Rises from one coordinator of a job to the next.
+        let asked = u64::try_from(crate::clock::unix_ns()).unwrap_or(u64::MAX);
+        let trains = self.coordinator.views().borrow().is_training;
+        let event = Event::SaveRequested { step, request: asked };
+        self.coordinator.apply(event).await.map_err(|refusal| status(&refusal))?;
+        let mut views = self.coordinator.views();
+        loop {
+            let view = views.borrow_and_update().clone();
+            if let Some(cause) = view.cause() {
+                return Err(status(&Refusal::Over { message: cause.message.clone() }));
+            }
+            let is_committed = match view.save_answered.filter(|(request, _)| *request >= asked) {
+                Some((_, step)) => view.committed_step.is_some_and(|committed| committed >= step),
+                // The end of a run is saved; ranks that hold have nothing to save a second time.
+                None if trains => view.phase == Phase::Finished,
+                None => matches!(view.phase, Phase::Holding | Phase::Finished),
+            };
+            if is_committed {
+                return Ok(Response::new(v1::SaveCheckpointResponse {
+                    header: Some(convert::header(&self.coordinator, &view)),
+                    step: view.committed_step.unwrap_or(step).0,
+                    directory: view.last_checkpoint.clone().unwrap_or_default(),
+                }));
+            }
+            // The caller's deadline ends the wait.
+            views.changed().await.map_err(|_| Status::unavailable("the coordinator is ending"))?;
+        }
     }
 
     async fn drain(&self, request: Request<v1::DrainRequest>) -> Result<Response<v1::DrainResponse>, Status> {

@@ -12,7 +12,7 @@ mod status;
 mod worker;
 
 pub use auth::{Token, TokenError};
-pub use client::{Clients, ConnectError, WATCH_SILENCE, describe_status, request};
+pub use client::{Clients, ConnectError, WATCH_SILENCE, describe_status, patient_request, request};
 pub(crate) use convert::training as training_progress;
 pub use server::{Listener, ServeError, serve};
 pub use status::{kind_of, status};

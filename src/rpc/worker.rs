@@ -160,7 +160,8 @@ impl WorkerService for WorkerServer {
         expect_deadline(&request)?;
         let asked = request.into_inner();
         let (generation, step) = (Generation(asked.generation), Step(asked.step));
-        self.apply(Event::SnapshotTaken { member: asked.member_id, generation, step }).await?;
+        let (member, answers) = (asked.member_id, asked.answers);
+        self.apply(Event::SnapshotTaken { member, generation, step, answers }).await?;
         Ok(Response::new(v1::RequestSaveResponse { header: self.header() }))
     }
 

@@ -52,6 +52,10 @@ pub struct Recipe {
     /// The directory of `tokenizer.json`; the model's by default.
     #[serde(default)]
     pub tokenizer: Option<PathBuf>,
+    /// The model directory that the run writes when it is done, named
+    /// `{architecture}-{size}-{dataset}-{training_type}[-{version}]`.
+    #[serde(default)]
+    pub output: Option<PathBuf>,
     /// `[train.data]`.
     pub data: DataConfig,
     /// `[train.lora]`.
@@ -234,6 +238,7 @@ impl Recipe {
         let against =
             |path: &mut PathBuf| *path = std::path::absolute(base.join(&*path)).unwrap_or_else(|_| base.join(&*path));
         self.tokenizer.iter_mut().for_each(against);
+        self.output.iter_mut().for_each(against);
         self.lora.adapter.iter_mut().for_each(against);
         self.data.resolve(base);
     }

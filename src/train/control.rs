@@ -3,7 +3,7 @@
 //! Owns: requests to stop, grants to write, the progress that others look at. Refuses to know: who asks and who looks.
 
 use std::path::PathBuf;
-use std::sync::atomic::{AtomicBool, Ordering};
+use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};
 use std::sync::{Arc, Condvar, Mutex, MutexGuard, PoisonError};
 use std::time::Duration;
 
@@ -31,8 +31,13 @@ pub struct Grant {
 /// What the training tells.
 #[derive(Debug)]
 pub enum News {
-    /// This rank holds a snapshot of the step.
-    SnapshotTaken(Step),
+    /// This rank holds a snapshot.
+    SnapshotTaken {
+        /// The step.
+        step: Step,
+        /// The newest request for a checkpoint that had been seen before; 0 for none.
+        answers: u64,
+    },
     /// This rank has written its part.
     Saved {
         /// What was granted.
@@ -52,6 +57,7 @@ pub struct Control {
 #[derive(Debug, Default)]
 struct Shared {
     stop: AtomicBool,
+    save_request: AtomicU64,
     saves: Mutex<Saves>,
     changed: Condvar,
     progress: Mutex<Option<TrainingProgress>>,
@@ -73,6 +79,16 @@ impl Control {
     /// Asks all ranks to end at the next step boundary, with a checkpoint.
     pub fn stop(&self) {
         self.shared.stop.store(true, Ordering::Relaxed);
+    }
+
+    /// Asks for a checkpoint after the step that is computed. Requests have rising numbers; the same one is the same request.
+    pub fn request_save(&self, request: u64) {
+        self.shared.save_request.fetch_max(request, Ordering::Relaxed);
+    }
+
+    /// The newest request for a checkpoint; 0 for none.
+    pub(super) fn save_request(&self) -> u64 {
+        self.shared.save_request.load(Ordering::Relaxed)
     }
 
     pub(super) fn is_stopping(&self) -> bool {

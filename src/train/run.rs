@@ -156,6 +156,7 @@ impl<'a> Setup<'a> {
             training,
             saved: self.train.resumed.as_ref().map(|resumed| resumed.step.0),
             last_save: crate::clock::now(),
+            answered: 0,
             whole: vec![0.0; elements],
             dealt: Vec::with_capacity(elements),
             recipe: self.recipe,

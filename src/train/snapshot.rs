@@ -25,6 +25,7 @@ const LOOK: Duration = Duration::from_millis(50);
 
 struct Snapshot {
     step: Step,
+    answers: u64,
     state: StateDict,
     training: Option<Box<TrainingState>>,
 }
@@ -63,17 +64,17 @@ impl Writer {
     }
 
     /// Takes a snapshot of `step` and hands it to the thread. Waits for the snapshot before it, if that is not committed
-    /// yet.
+    /// yet. `answers` is the newest request for a checkpoint.
     pub(super) fn take(
         &mut self,
-        step: Step,
+        (step, answers): (Step, u64),
         (layout, shards): (&Layout, &Shards),
         training: Option<Box<TrainingState>>,
     ) -> Result<(), TrainError> {
         self.finish()?;
         let Some(mut state) = self.idle.take() else { return Err(TrainError::WriterEnded) };
         shards.copy_to(layout, &mut state)?;
-        self.snapshots.send(Snapshot { step, state, training }).map_err(|_| TrainError::WriterEnded)
+        self.snapshots.send(Snapshot { step, answers, state, training }).map_err(|_| TrainError::WriterEnded)
     }
 
     /// Returns when every snapshot is committed.
@@ -104,7 +105,7 @@ impl Drop for Writer {
 /// Writes a snapshot as often as it is granted, until it is committed. False when there is nobody left to write for.
 fn write(plan: &LoadPlan, snapshot: &Snapshot, control: &Control, tell: &Tell) -> bool {
     let step = snapshot.step;
-    tell(Ok(News::SnapshotTaken(step)));
+    tell(Ok(News::SnapshotTaken { step, answers: snapshot.answers }));
     let mut done = None;
     loop {
         let grant = match control.wait_for(step, done.as_ref()) {

@@ -62,7 +62,7 @@ pub(crate) fn stalls(
         let copied = start.elapsed();
         let step = Step(run);
         let start = crate::clock::now();
-        writer.take(step, (&layout, &shards), None)?;
+        writer.take((step, 0), (&layout, &shards), None)?;
         times.push((start.elapsed(), copied));
         let failed = |error: CheckpointError| TrainError::Plan {
             what: "the bench's directory",

@@ -46,6 +46,8 @@ pub(super) struct Run<'a, 'c> {
     /// The step of the newest checkpoint of this run.
     pub(super) saved: Option<u64>,
     pub(super) last_save: crate::clock::Instant,
+    /// The newest request for a checkpoint that a snapshot has answered; 0 for none.
+    pub(super) answered: u64,
     /// All parameters as the layout's whole buffer.
     pub(super) whole: Vec<f32>,
     pub(super) dealt: Vec<f32>,
@@ -164,7 +166,8 @@ impl Run<'_, '_> {
     fn agree(&mut self, loss: LossSum) -> Result<Agreed, TrainError> {
         let minutes = self.recipe.checkpoint.every_minutes;
         let age = crate::clock::now().saturating_duration_since(self.last_save).as_secs_f64();
-        let due = self.exchange.rank().0 == 0 && minutes > 0.0 && age >= 60.0 * minutes;
+        let asked = self.control.save_request() > self.answered;
+        let due = self.exchange.rank().0 == 0 && (asked || (minutes > 0.0 && age >= 60.0 * minutes));
         let flag = |set: bool| if set { 1.0 } else { 0.0 };
         // Token counts are exact in f32 up to 2^24 in each half.
         let (high, low) = (loss.tokens >> 20, loss.tokens & 0xf_ffff);
@@ -280,7 +283,10 @@ impl Run<'_, '_> {
         let Some(writer) = self.writer.as_mut().filter(|_| self.saved != Some(self.step)) else { return Ok(()) };
         let training = (self.exchange.rank().0 == 0).then(|| Box::new(self.training.clone()));
         let started = crate::clock::now();
-        writer.take(Step(self.step), (&self.layout, &self.shards), training)?;
+        // What is asked for while the snapshot is taken waits for the next step.
+        let answers = self.control.save_request();
+        writer.take((Step(self.step), answers), (&self.layout, &self.shards), training)?;
+        self.answered = answers;
         self.last_save = crate::clock::now();
         self.saved = Some(self.step);
         let stall_ms = self.last_save.saturating_duration_since(started).as_secs_f64() * 1e3;

@@ -59,7 +59,10 @@ pub(super) enum Outcome {
         receipt: Box<ShardReceipt>,
     },
     /// The ranks hold a snapshot of this step, to be written.
-    SnapshotTaken(Step),
+    SnapshotTaken {
+        step: Step,
+        answers: u64,
+    },
     Trained,
     Failed(Failure),
 }
@@ -268,7 +271,7 @@ fn placed(found: Device, plan: &LoadPlan, rank: Rank) -> Result<Device, Failure>
 /// What a snapshot's writer tells, as the session hears it.
 fn outcome_of(told: Result<News, CheckpointError>) -> Outcome {
     match told {
-        Ok(News::SnapshotTaken(step)) => Outcome::SnapshotTaken(step),
+        Ok(News::SnapshotTaken { step, answers }) => Outcome::SnapshotTaken { step, answers },
         Ok(News::Saved { grant: Grant { step, attempt, root, directory }, receipt }) => {
             Outcome::Saved { command: SaveCommand { step, attempt, root, directory }, receipt }
         }

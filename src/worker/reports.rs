@@ -52,10 +52,10 @@ impl Session {
                 crate::faults::point("worker.saved-reported");
             }
             // All ranks take the snapshot of a step; one says so.
-            Outcome::SnapshotTaken(_) if self.config.rank.0 != 0 => {}
-            Outcome::SnapshotTaken(step) => {
+            Outcome::SnapshotTaken { .. } if self.config.rank.0 != 0 => {}
+            Outcome::SnapshotTaken { step, answers } => {
                 self.reported.snapshot =
-                    Some(v1::RequestSaveRequest { request_id, member_id, generation, step: step.0 });
+                    Some(v1::RequestSaveRequest { request_id, member_id, generation, step: step.0, answers });
                 self.request_save().await?;
             }
             Outcome::Trained => {

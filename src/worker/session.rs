@@ -267,6 +267,7 @@ impl Session {
                 if snapshot.stop {
                     self.watched.control.stop();
                 }
+                self.watched.control.request_save(snapshot.save_request);
                 self.watched.control.saves(granted, snapshot.committed_step.map(Step));
                 if !self.training {
                     self.training = true;

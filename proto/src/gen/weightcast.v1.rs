@@ -184,6 +184,9 @@ pub struct WatchResponse {
     /// The newest step that this job has committed.
     #[prost(uint64, optional, tag = "11")]
     pub committed_step: ::core::option::Option<u64>,
+    /// The newest request for a checkpoint of a training job; 0 when there is none. Requests have rising numbers.
+    #[prost(uint64, tag = "12")]
+    pub save_request: u64,
 }
 /// One try at writing a checkpoint.
 #[derive(Clone, PartialEq, Eq, Hash, ::prost::Message)]
@@ -285,6 +288,9 @@ pub struct RequestSaveRequest {
     pub generation: u64,
     #[prost(uint64, tag = "4")]
     pub step: u64,
+    /// The newest save_request that the rank had seen when the snapshot was taken, which so answers it.
+    #[prost(uint64, tag = "5")]
+    pub answers: u64,
 }
 #[derive(Clone, PartialEq, Eq, Hash, ::prost::Message)]
 pub struct RequestSaveResponse {
@@ -1298,10 +1304,12 @@ pub struct SaveCheckpointRequest {
 pub struct SaveCheckpointResponse {
     #[prost(message, optional, tag = "1")]
     pub header: ::core::option::Option<ResponseHeader>,
+    /// The step that is committed.
     #[prost(uint64, tag = "2")]
     pub step: u64,
-    #[prost(uint64, tag = "3")]
-    pub attempt: u64,
+    /// Its directory below the root of checkpoints.
+    #[prost(string, tag = "4")]
+    pub directory: ::prost::alloc::string::String,
 }
 #[derive(Clone, PartialEq, Eq, Hash, ::prost::Message)]
 pub struct DrainRequest {
@@ -1440,7 +1448,7 @@ pub mod job_service_client {
                 .insert(GrpcMethod::new("weightcast.v1.JobService", "GetStatus"));
             self.inner.unary(req, path, codec).await
         }
-        /// Writes a checkpoint now; answers when the ranks have been told.
+        /// Writes a checkpoint now, a training job after the step that it is at; answers when it is committed.
         pub async fn save_checkpoint(
             &mut self,
             request: impl tonic::IntoRequest<super::SaveCheckpointRequest>,
@@ -1537,7 +1545,7 @@ pub mod job_service_server {
             tonic::Response<super::GetStatusResponse>,
             tonic::Status,
         >;
-        /// Writes a checkpoint now; answers when the ranks have been told.
+        /// Writes a checkpoint now, a training job after the step that it is at; answers when it is committed.
         async fn save_checkpoint(
             &self,
             request: tonic::Request<super::SaveCheckpointRequest>,

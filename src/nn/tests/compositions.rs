@@ -99,7 +99,7 @@ impl Case {
         let block = Arc::new(Finder::new(&model.parameters).block(&model.config, 0).expect("a block"));
         let tokens = input();
         let pass = match name {
-            "gpt2" => Pass::new(&tokens, None, Some(KEY)),
+            "gpt2" | "gpt2-gelu" => Pass::new(&tokens, None, Some(KEY)),
             _ => model.decoder().pass(&tokens, Some(KEY)).expect("a pass"),
         };
         let mut variables = variables(&model.parameters);
@@ -128,6 +128,7 @@ fn nn_2_blocks_equal_their_composition() {
         ("qwen3", Train::Everything),
         ("gpt2", Train::Nothing),
         ("gpt2", Train::Everything),
+        ("gpt2-gelu", Train::Everything),
     ] {
         let case = Case::new(name, train);
         let ((out, store), (expected, reference)) = (case.run(true), case.run(false));

@@ -69,6 +69,9 @@ fn activations() {
     let mut slope = x.clone();
     activation::gelu_backward(&mut slope, &given);
     check("gelu", &x, &slope, &given, &activation::gelu);
+    let mut slope = x.clone();
+    activation::gelu_exact_backward(&mut slope, &given);
+    check("exact gelu", &x, &slope, &given, &activation::gelu_exact);
     let (mut gate_slope, mut up_slope) = (x.clone(), up.clone());
     activation::silu_mul_backward(&mut gate_slope, &mut up_slope, &given);
     check("gate", &x, &gate_slope, &given, &|gate| activation::silu_mul(gate, &up));

@@ -131,6 +131,12 @@ fn gpt2_equals_transformers() {
     check_tiny("gpt2", 28);
 }
 
+/// The exact function in the MLP, as nanoGPT has it.
+#[test]
+fn gpt2_with_the_exact_gelu_equals_transformers() {
+    check_tiny("gpt2-gelu", 3);
+}
+
 /// PEFT's DoRA, r 3, alpha 5, over frozen weights.
 fn check_dora(name: &str) {
     let (mut model, golden) = Model::tiny(name, Train::Nothing);

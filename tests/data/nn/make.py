@@ -24,6 +24,10 @@ MODELS = {
         vocab_size=VOCAB, n_embd=16, n_layer=2, n_head=4, n_positions=32, n_inner=24, resid_pdrop=0.0, embd_pdrop=0.0,
         attn_pdrop=0.0, initializer_range=0.3,
     )),
+    "gpt2-gelu": ("gpt2", dict(
+        vocab_size=VOCAB, n_embd=16, n_layer=1, n_head=2, n_positions=32, resid_pdrop=0.0, embd_pdrop=0.0, attn_pdrop=0.0,
+        initializer_range=0.3, activation_function="gelu",
+    )),
 }
 # What the gradients are kept of; None is every parameter.
 KEPT = {
@@ -31,6 +35,7 @@ KEPT = {
     "qwen2": None,
     "qwen3": ["model.layers.0.self_attn.q_norm.weight", "model.layers.1.self_attn.k_norm.weight", "model.layers.0.mlp.gate_proj.weight"],
     "gpt2": None,
+    "gpt2-gelu": ["transformer.h.0.mlp.c_fc.weight", "transformer.h.0.mlp.c_fc.bias", "transformer.h.0.ln_1.weight"],
 }
 TARGETS = {"qwen3": ["q_proj", "v_proj", "down_proj"], "gpt2": ["c_attn", "c_fc"]}
 
