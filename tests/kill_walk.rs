@@ -27,7 +27,7 @@ use weightcast::types::{Fqn, Rank, Step, TensorDigest, WorldSize};
 /// Of a point that is visited often, so many visits are walked, evenly spread.
 const VISITS: u64 = 16;
 /// The same of a run that trains, whose trials are longer.
-const TRAINING_VISITS: u64 = 3;
+const TRAINING_VISITS: u64 = 2;
 /// From the death of a rank to the end of its launcher.
 const ENDED_WITHIN: Duration = Duration::from_secs(2);
 /// Points that follow the clock and not the job.
@@ -292,9 +292,13 @@ fn address(coordinator: &mut Job) -> Option<String> {
     found
 }
 
-/// The job file of a run that trains three steps, saves each and evaluates the second.
+/// The job file of a run that trains three steps on a few lines, saves each and evaluates the second.
 fn training_job(place: &Place, directory: &str) -> String {
     let path = place.path(&format!("{directory}.toml"));
+    let data = concat!(env!("CARGO_MANIFEST_DIR"), "/tests/data/devils-dictionary.jsonl");
+    let data = std::fs::read_to_string(data).expect("the project's data");
+    let lines: Vec<&str> = data.lines().take(20).collect();
+    std::fs::write(place.path("lines.jsonl"), lines.join("\n")).expect("a data file");
     let text = format!(
         r#"
         model.source = "{MODEL}"
@@ -305,9 +309,9 @@ fn training_job(place: &Place, directory: &str) -> String {
         batch-size = 4
         seed = 11
         [train.data]
-        train = "{}/tests/data/devils-dictionary.jsonl"
-        sequence-length = 16
-        evaluation-fraction = 0.005
+        train = "lines.jsonl"
+        sequence-length = 64
+        evaluation-fraction = 0.1
         [train.lora]
         r = 2
         dropout = 0.1
@@ -317,8 +321,7 @@ fn training_job(place: &Place, directory: &str) -> String {
         every-steps = 1
         every-minutes = 0
         keep-last = 0
-        "#,
-        env!("CARGO_MANIFEST_DIR")
+        "#
     );
     std::fs::write(&path, text).expect("a job file");
     path

@@ -17,11 +17,11 @@ use super::source::{ModelSource, SourceError, open_model};
 use super::weight_files::{OutputTensor, WeightFiles};
 use crate::adapter::{AdapterError, LoadedModule, linears, merge};
 use crate::error::{Classify, Kind};
-use crate::format::{Encoding, TensorEntry};
+use crate::format::Encoding;
 use crate::hub::Progress;
 use crate::quant::{FourBitCode, QuantError};
 use crate::store::{LocalStore, Store, StoreError, write_small};
-use crate::types::{DType, Fqn, as_usize};
+use crate::types::{DType, Fqn};
 
 /// Bytes of tensors in one file, unless the user says otherwise: what most published models have.
 pub const DEFAULT_SHARD_BYTES: u64 = 5_000_000_000;
@@ -172,9 +172,9 @@ pub fn merge_adapter(
     to.create_dir("")?;
     let mut figure = request.trained_on.map(Figure::new);
     files.write(&to, |tensor, bytes| {
-        let entry = source_of(&model, &tensor.0);
-        read_entry(&from, &model, entry, bytes)?;
-        one_tensor(tensor, entry.dtype, modules.get(&tensor.0).copied(), (bytes, figure.as_mut()))
+        model.read(&from, &tensor.0, bytes)?;
+        let stored = model.entry(&tensor.0).map_or(tensor.1, |entry| entry.dtype);
+        one_tensor(tensor, stored, modules.get(&tensor.0).copied(), (bytes, figure.as_mut()))
     })?;
     if let Some(index) = files.index_json() {
         write_small(&to, "model.safetensors.index.json", index.as_bytes())?;
@@ -231,27 +231,11 @@ fn open_base(base: &str, named: &'static str, progress: &dyn Fn(Progress<'_>)) -
 /// The tensors of the merged model by the architecture's names; those that the base lacks are lacking there too.
 fn outputs(model: &ModelSource, dtype: Option<DType>) -> Vec<OutputTensor> {
     let output = |tensor: &crate::model::SkeletonTensor| {
-        let found = model.binding.source(&tensor.fqn).and_then(|source| model.index.tensors.get(source))?;
+        let found = model.entry(&tensor.fqn)?;
         let to = dtype.filter(|_| found.dtype.is_weight_float()).unwrap_or(found.dtype);
         Some((tensor.fqn.clone(), to, tensor.shape.clone()))
     };
     model.skeleton.tensors.iter().filter_map(output).collect()
-}
-
-fn source_of<'a>(model: &'a ModelSource, fqn: &Fqn) -> &'a TensorEntry {
-    let entry = model.binding.source(fqn).and_then(|source| model.index.tensors.get(source));
-    entry.expect("the files were made of bound tensors")
-}
-
-fn read_entry(
-    from: &LocalStore,
-    model: &ModelSource,
-    entry: &TensorEntry,
-    bytes: &mut Vec<u8>,
-) -> Result<(), StoreError> {
-    let file = model.index.files.get(as_usize(u64::from(entry.file))).expect("an index names files that it lists");
-    bytes.resize(as_usize(entry.range.len()), 0);
-    from.open(&file.name)?.read_exact_at(entry.range.start(), bytes)
 }
 
 /// Turns the base's bytes of a tensor into those that are written.

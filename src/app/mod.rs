@@ -17,6 +17,7 @@ mod model_directory_convert;
 mod model_directory_error;
 mod model_directory_pickle;
 mod model_directory_zip;
+mod model_expand;
 mod model_export;
 mod new_model;
 mod prepare;
@@ -41,6 +42,7 @@ pub use model_directory::{
 };
 pub use model_directory_convert::{Converted, convert_ckpt};
 pub use model_directory_error::{CkptError, DirectoryError};
+pub use model_expand::{ExpandError, ExpandedModel, expand_model};
 pub use model_export::{ExportedModel, ModelExportError, TrainedRun, export_model};
 pub use new_model::{NewModelError, new_model, new_preset};
 pub use prepare::{PrepareError, Prepared, prepare, prepare_with};

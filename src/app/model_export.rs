@@ -12,6 +12,7 @@ use super::companions::copy_companions;
 use super::model_directory::{ExportMeta, ModelName, Stage, check_size, history_of, write_meta};
 use super::model_directory_error::DirectoryError;
 use super::run_tensors::{RunTensors, RunTensorsError, StepChoice};
+use super::source::{ModelSource, SourceError, open_model};
 use super::weight_files::{OutputTensor, WeightFiles};
 use crate::adapter::AdapterConfig;
 use crate::error::{Classify, Kind};
@@ -21,6 +22,7 @@ use crate::metrics::LOG_FILE;
 use crate::model::{Architecture, ModelConfig, ModelError, Skeleton};
 use crate::quant::QuantError;
 use crate::store::{LocalStore, Store, StoreError, read_small, write_small};
+use crate::train::TrainedLayers;
 use crate::types::{DType, Fqn, Shape, Step, as_usize};
 
 /// A million lines of a log.
@@ -39,6 +41,9 @@ pub enum ModelExportError {
     /// The output's name does not fit, or it is there already.
     #[error(transparent)]
     Directory(#[from] DirectoryError),
+    /// The base, of which the run has trained a part, cannot be opened.
+    #[error(transparent)]
+    Base(#[from] Box<SourceError>),
     /// The adapter of the run cannot be written.
     #[error(transparent)]
     Adapter(#[from] super::adapter_export::ExportError),
@@ -104,6 +109,7 @@ impl Classify for ModelExportError {
             Self::Store(source) => source.kind(),
             Self::Directory(source) => source.kind(),
             Self::Adapter(source) => source.kind(),
+            Self::Base(source) => source.kind(),
             Self::NotTrained { .. } => Kind::NotFound,
             Self::HasAdapter { .. } | Self::Config { .. } | Self::NotFinite { .. } => Kind::Invalid,
             Self::Tensor { .. } => Kind::Corrupt,
@@ -166,8 +172,18 @@ impl TrainedRun {
         Self { base: Some(directory.to_owned()), ..self }
     }
 
+    /// The base, where the run has trained a part of its blocks and the others are as they were.
+    fn untrained(&self) -> Result<Option<ModelSource>, ModelExportError> {
+        let everything = serde_json::to_value(TrainedLayers::default()).unwrap_or_default();
+        match self.training.recipe.get("layers") {
+            None => Ok(None),
+            Some(layers) if *layers == everything => Ok(None),
+            Some(_) => Ok(Some(open_model(&self.training.base_model, &|_| {}).map_err(Box::new)?)),
+        }
+    }
+
     /// The model's tensors as they are written.
-    fn outputs(&self, dtype: DType) -> Result<Vec<OutputTensor>, ModelExportError> {
+    fn outputs(&self, dtype: DType, base: Option<&ModelSource>) -> Result<Vec<OutputTensor>, ModelExportError> {
         let place = &self.tensors.place;
         if self.training.adapter.is_some() {
             return Err(ModelExportError::HasAdapter { place: place.clone() });
@@ -175,7 +191,8 @@ impl TrainedRun {
         let found = self.tensors.plain(|fqn| !fqn.as_str().starts_with("optimizer."))?;
         let mut outputs = Vec::with_capacity(self.skeleton.tensors.len());
         for tensor in &self.skeleton.tensors {
-            let shape = found.get(&tensor.fqn).map(|(_, shape)| shape);
+            let untrained = base.and_then(|base| base.entry(&tensor.fqn)).map(|_| &tensor.shape);
+            let shape = found.get(&tensor.fqn).map(|(_, shape)| shape).or(untrained);
             if shape != Some(&tensor.shape) {
                 return Err(ModelExportError::Tensor {
                     place: place.clone(),
@@ -190,18 +207,32 @@ impl TrainedRun {
     }
 
     /// Fills `bytes` with a tensor in the type that is written.
-    fn fill(&self, (fqn, dtype, shape): &OutputTensor, bytes: &mut Vec<u8>) -> Result<(), ModelExportError> {
+    fn fill(
+        &self,
+        (fqn, dtype, shape): &OutputTensor,
+        base: Option<&(LocalStore, ModelSource)>,
+        bytes: &mut Vec<u8>,
+    ) -> Result<(), ModelExportError> {
         let convert = |source| ModelExportError::Convert { fqn: fqn.clone(), source };
-        bytes.resize(as_usize(shape.bytes(DType::F32).unwrap_or(0)), 0);
-        self.tensors.read(fqn, bytes)?;
-        let values = widen(DType::F32, bytes).map_err(convert)?;
+        let stored = match base.filter(|_| !self.tensors.contains(fqn)) {
+            Some((files, base)) => {
+                base.read(files, fqn, bytes)?;
+                base.entry(fqn).map_or(DType::F32, |entry| entry.dtype)
+            }
+            None => {
+                bytes.resize(as_usize(shape.bytes(DType::F32).unwrap_or(0)), 0);
+                self.tensors.read(fqn, bytes)?;
+                DType::F32
+            }
+        };
+        let values = widen(stored, bytes).map_err(convert)?;
         // The largest finite f16 is 65504; what rounds to more is infinite there.
         let limit = if *dtype == DType::F16 { 65_520.0 } else { f32::MAX };
         match values.iter().filter(|value| value.is_nan() || value.abs() > limit).count() {
             0 => {}
             count => return Err(ModelExportError::NotFinite { fqn: fqn.clone(), count, dtype: *dtype }),
         }
-        if *dtype == DType::F32 {
+        if stored == *dtype {
             return Ok(());
         }
         bytes.clear();
@@ -268,7 +299,9 @@ impl TrainedRun {
 /// # Errors
 /// [`ModelExportError`]; nothing is left in `output` then.
 pub fn export_model(run: &TrainedRun, dtype: DType, output: &Path) -> Result<ExportedModel, ModelExportError> {
-    let files = WeightFiles::one("model.safetensors", run.outputs(dtype)?);
+    let base = run.untrained()?;
+    let files = WeightFiles::one("model.safetensors", run.outputs(dtype, base.as_ref())?);
+    let base = base.map(|base| (LocalStore::new(&base.root), base));
     let meta = match ModelName::of(output) {
         Ok(name) => {
             check_size(&name, &run.skeleton)?;
@@ -277,7 +310,7 @@ pub fn export_model(run: &TrainedRun, dtype: DType, output: &Path) -> Result<Exp
         Err(_) => None,
     };
     publish_directory(output, |to| {
-        files.write(to, |tensor, bytes| run.fill(tensor, bytes))?;
+        files.write(to, |tensor, bytes| run.fill(tensor, base.as_ref(), bytes))?;
         if let Some(meta) = &meta {
             run.write_records(to, meta)?;
         }

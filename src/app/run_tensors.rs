@@ -76,6 +76,11 @@ pub(super) struct RunTensors {
 }
 
 impl RunTensors {
+    /// Whether the checkpoint has the tensor.
+    pub(super) fn contains(&self, fqn: &Fqn) -> bool {
+        self.tensors.contains_key(fqn)
+    }
+
     /// Opens a checkpoint below `root`.
     pub(super) fn open(root: &Path, choice: StepChoice) -> Result<Self, RunTensorsError> {
         let store = LocalStore::new(root);

@@ -3,12 +3,12 @@
 use std::path::{Path, PathBuf};
 
 use crate::error::{Classify, Kind};
-use crate::format::{FormatError, GgufHead, ModelIndex, gguf, parse_index_json};
+use crate::format::{FormatError, GgufHead, ModelIndex, TensorEntry, gguf, parse_index_json};
 use crate::hub::{HubConfig, HubError, ModelKind, Progress, Reference, resolve};
 use crate::load::{ScanError, scan};
 use crate::model::{Binding, KeyMismatch, ModelError, Skeleton};
 use crate::store::{LocalStore, Store, StoreError};
-use crate::types::as_usize;
+use crate::types::{Fqn, as_usize};
 
 /// A model whose headers were read and whose keys fit.
 #[derive(Debug)]
@@ -23,6 +23,26 @@ pub struct ModelSource {
     pub skeleton: Skeleton,
     /// Which is which.
     pub binding: Binding,
+}
+
+impl ModelSource {
+    /// Where a tensor of the skeleton lies, if the model has it.
+    #[must_use]
+    pub fn entry(&self, fqn: &Fqn) -> Option<&TensorEntry> {
+        self.binding.source(fqn).and_then(|source| self.index.tensors.get(source))
+    }
+
+    /// Fills `bytes` with a tensor as it is stored; with nothing where the model lacks it. `from` is the store at `root`.
+    ///
+    /// # Errors
+    /// Storage fails.
+    pub fn read(&self, from: &dyn Store, fqn: &Fqn, bytes: &mut Vec<u8>) -> Result<(), StoreError> {
+        bytes.clear();
+        let Some(entry) = self.entry(fqn) else { return Ok(()) };
+        let file = self.index.files.get(as_usize(u64::from(entry.file))).expect("an index names files that it lists");
+        bytes.resize(as_usize(entry.range.len()), 0);
+        from.open(&file.name)?.read_exact_at(entry.range.start(), bytes)
+    }
 }
 
 /// Why a model cannot be opened.

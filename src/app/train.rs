@@ -136,6 +136,7 @@ pub(super) fn train_plan(
 ) -> Result<TrainPlan, TrainPlanError> {
     let skeleton = skeleton(base)?;
     OutputPlace::check(recipe, &skeleton, checkpoint_root)?;
+    check_layers(recipe, &skeleton, base)?;
     let start = recipe.lora.adapter.as_deref().filter(|_| recipe.method != Method::Full);
     let config = match (resumed.and_then(|checkpoint| checkpoint.manifest.trainer.training.as_ref()), start) {
         (Some(training), _) => training.adapter.as_ref().map(AdapterConfig::from_value).transpose()?,
@@ -170,6 +171,18 @@ pub(super) fn train_plan(
         warn_of_changes(&resumed.training.recipe, &recipe);
     }
     Ok(TrainPlan { recipe, adapter, state, initial, resumed, memory })
+}
+
+fn check_layers(recipe: &Recipe, skeleton: &Skeleton, base: &LoadPlan) -> Result<(), TrainPlanError> {
+    let config = skeleton.config.as_ref();
+    let mismatch = config.and_then(|config| recipe.layers.mismatch(config.num_hidden_layers, &config.expanded_layers));
+    match mismatch {
+        None => Ok(()),
+        Some((expected, found)) => Err(TrainPlanError::Model {
+            model: base.model.clone(),
+            reason: format!("train.layers: expected {expected}, found {found}"),
+        }),
+    }
 }
 
 fn step_sizes(recipe: &Recipe, config: &ModelConfig, state: &LoadPlan) -> StepSizes {

@@ -7,8 +7,8 @@ use serde_json::json;
 
 use super::output::{bytes, data, fail, json as print_json, say};
 use crate::app::{
-    NewModelError, Stage, StepChoice, TrainedRun, convert_ckpt, export_model, lifecycle, list_models, new_model,
-    new_preset, open_model, record_stage,
+    DEFAULT_SHARD_BYTES, NewModelError, Stage, StepChoice, TrainedRun, convert_ckpt, expand_model, export_model,
+    lifecycle, list_models, new_model, new_preset, open_model, record_stage,
 };
 use crate::model::{Architecture, DEFAULT_FILE_BYTES, GenerateRequest, NewModel, Preset, inspect, parse_parameters};
 use crate::types::DType;
@@ -77,6 +77,20 @@ pub enum ModelCommand {
         #[arg(long)]
         json: bool,
     },
+    /// Insert blocks that change nothing at first (LLaMA Pro), to be trained alone with layers = "expanded"
+    Expand {
+        /// Model directory, file, or hub id
+        model: String,
+        /// How many blocks; a number that divides the model's
+        #[arg(long, value_name = "N")]
+        blocks: u32,
+        /// Where to write the larger model
+        #[arg(long, value_name = "DIR")]
+        output: PathBuf,
+        /// Print JSON on stdout
+        #[arg(long)]
+        json: bool,
+    },
     /// The model directories in a directory
     List {
         /// The directory
@@ -141,6 +155,7 @@ pub(super) fn run(command: &ModelCommand) -> u8 {
         ModelCommand::Export { checkpoint, step, output, dtype, json } => {
             export(checkpoint, step.unwrap_or(StepChoice::Newest), (output, *dtype), *json)
         }
+        ModelCommand::Expand { model, blocks, output, json } => expand(model, *blocks, output, *json),
         ModelCommand::List { directory, json } => list(directory, *json),
         ModelCommand::Lifecycle { directory, deployed, json } => show_lifecycle(directory, deployed.as_deref(), *json),
     }
@@ -171,6 +186,24 @@ fn export(root: &Path, step: StepChoice, (output, dtype): (&Path, DType), as_jso
     } else {
         let (step, parameters, size) = (exported.step, exported.parameters, bytes(exported.bytes));
         data(&format!("{}: model of step {step}: {parameters} parameters, {size}", output.display()));
+    }
+    0
+}
+
+fn expand(model: &str, blocks: u32, output: &Path, as_json: bool) -> u8 {
+    let expanded = match expand_model(model, blocks, (output, DEFAULT_SHARD_BYTES), &super::output::download) {
+        Ok(expanded) => expanded,
+        Err(error) => return fail(&error),
+    };
+    let (inserted, parameters) = (&expanded.inserted, expanded.parameters);
+    if as_json {
+        print_json(&json!({
+            "output": output, "inserted": inserted, "parameters": parameters, "bytes": expanded.bytes,
+        }));
+    } else {
+        let numbers: Vec<String> = inserted.iter().map(u32::to_string).collect();
+        let size = bytes(expanded.bytes);
+        data(&format!("{}: {parameters} parameters, {size}; new blocks {}", output.display(), numbers.join(", ")));
     }
     0
 }

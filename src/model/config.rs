@@ -114,6 +114,8 @@ pub struct ModelConfig {
     pub dtype: Option<DType>,
     /// `quant_method` of weights that are quantized already.
     pub quant_method: Option<String>,
+    /// The blocks that [`Expansion`](super::Expansion) inserted.
+    pub expanded_layers: Vec<u32>,
 }
 
 /// Architecture names of transformers, each with family and head.
@@ -138,6 +140,7 @@ const KNOWN: [(&str, Architecture, ModelHead); 14] = [
 #[serde(default)]
 struct Raw {
     architectures: Option<Vec<String>>,
+    expanded_layers: Option<Vec<u32>>,
     model_type: Option<String>,
     hidden_size: Option<u64>,
     num_hidden_layers: Option<u64>,
@@ -235,6 +238,7 @@ impl ModelConfig {
             first_window_layer: raw.first_window_layer(architecture)?,
             hidden_act: text(&raw.hidden_act, if bert { "gelu" } else { "silu" }),
             dtype: raw.dtype.or(raw.torch_dtype).and_then(|name| name.parse().ok()),
+            expanded_layers: raw.expanded_layers.unwrap_or_default(),
             quant_method: raw.quantization_config.and_then(|quantization| quantization.quant_method),
         })
     }

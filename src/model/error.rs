@@ -62,6 +62,16 @@ pub enum ModelError {
         /// The value.
         found: bool,
     },
+    /// Blocks cannot be inserted so.
+    #[error("{what}: expected {expected}, found {found}")]
+    Expansion {
+        /// What does not fit.
+        what: &'static str,
+        /// What would.
+        expected: String,
+        /// What there is.
+        found: String,
+    },
     /// Layers with and without a window alternate.
     #[error(
         "config.json: layer_types: expected full_attention first and sliding_attention after it, found another order"

@@ -14,6 +14,7 @@ mod bind;
 mod config;
 mod decoder;
 mod error;
+mod expand;
 mod fill;
 mod generate;
 mod gpt2;
@@ -26,6 +27,7 @@ mod skeleton;
 pub use bind::Binding;
 pub use config::{Architecture, AttentionBias, ModelConfig, ModelHead};
 pub use error::{DTypeMismatch, KeyList, KeyMismatch, MAX_NAMED_KEYS, ModelError, ShapeMismatch};
+pub use expand::{BlockSource, EXPANDED_LAYERS, Expansion, renumber, writes_residual};
 pub use generate::{
     DEFAULT_FILE_BYTES, GenerateError, GenerateRequest, NewFile, NewModel, generate, generate_preset, parse_parameters,
 };

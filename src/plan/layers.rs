@@ -3,20 +3,7 @@
 //! Owns: which rank owns which tensor. Refuses to know: how many bytes a rank has; the proportions are an argument.
 
 use super::TensorPlan;
-use crate::types::{Fqn, Rank, WorldSize};
-
-/// The number of the layer that a tensor belongs to, from its name: the digits after `layers.` or `h.`.
-pub(super) fn layer_of(fqn: &Fqn) -> Option<u32> {
-    let mut parts = fqn.as_str().split('.');
-    while let Some(part) = parts.next() {
-        if matches!(part, "layers" | "layer" | "h" | "blocks")
-            && let Some(number) = parts.next().and_then(|number| number.parse().ok())
-        {
-            return Some(number);
-        }
-    }
-    None
-}
+use crate::types::{Rank, WorldSize};
 
 /// Gives every matrix an owner: consecutive layers to consecutive ranks, so that each rank's share of the bytes comes as
 /// near to its part of `split` as whole layers allow. Small tensors, which all keep, have none.
@@ -28,12 +15,12 @@ pub(super) fn assign_owners(tensors: &mut [TensorPlan], world: WorldSize, split:
     let mut done = 0;
     let mut group: Option<(Option<u32>, Rank)> = None;
     for index in 0..tensors.len() {
-        let layer = tensors.get(index).and_then(|tensor| layer_of(&tensor.fqn));
+        let layer = tensors.get(index).and_then(|tensor| tensor.fqn.layer());
         let rank = match group {
             Some((known, rank)) if known == layer && layer.is_some() => rank,
             _ => {
                 // The rank whose part holds the middle of the group.
-                let after = tensors.iter().skip(index).take_while(|tensor| layer_of(&tensor.fqn) == layer).count();
+                let after = tensors.iter().skip(index).take_while(|tensor| tensor.fqn.layer() == layer).count();
                 let members = if layer.is_some() { after } else { 1 };
                 let size: u64 = sizes.iter().skip(index).take(members).sum();
                 owner_at(done + size / 2, total, &weights, total_weight)

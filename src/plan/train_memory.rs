@@ -113,7 +113,7 @@ fn largest_group(base: &LoadPlan, state: &LoadPlan) -> u64 {
         let packed: u64 = tensor.components().iter().map(|component| component.bytes).sum();
         let gathered = if tensor.sharded && base.world.get() > 1 { 2 * packed } else { 0 };
         let bytes = F32 * tensor.elements() + gathered;
-        let layer = super::layers::layer_of(&tensor.fqn);
+        let layer = tensor.fqn.layer();
         group = if layer.is_some() && layer == group.0 { (layer, group.1 + bytes) } else { (layer, bytes) };
         largest = largest.max(group.1);
     }
@@ -122,6 +122,6 @@ fn largest_group(base: &LoadPlan, state: &LoadPlan) -> u64 {
 
 /// The largest matrix of a block, where an adapter may be merged into a copy of it.
 fn largest_merged(base: &LoadPlan, sizes: &StepSizes) -> u64 {
-    let matrices = base.tensors.iter().filter(|tensor| super::layers::layer_of(&tensor.fqn).is_some());
+    let matrices = base.tensors.iter().filter(|tensor| tensor.fqn.layer().is_some());
     if sizes.adapter_ranks == 0 { 0 } else { F32 * matrices.map(super::TensorPlan::elements).max().unwrap_or(0) }
 }

@@ -7,6 +7,7 @@ use serde::{Deserialize, Serialize};
 use crate::data::DataConfig;
 use crate::quant::FourBitCode;
 use crate::recipe::schedule::ScheduleKind;
+use crate::types::Fqn;
 
 /// What of the model is trained.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Serialize, Deserialize)]
@@ -40,6 +41,9 @@ pub struct Recipe {
     /// Sequences that a rank computes at a time; gradients of several are summed.
     #[serde(default = "micro_batch_size")]
     pub micro_batch_size: u64,
+    /// Which blocks are trained by type `full`.
+    #[serde(default)]
+    pub layers: TrainedLayers,
     /// Seed of everything that is random.
     #[serde(default)]
     pub seed: u64,
@@ -70,6 +74,63 @@ pub struct Recipe {
     /// `[train.checkpoint]`.
     #[serde(default)]
     pub checkpoint: CheckpointRecipe,
+}
+
+/// Which blocks of a model are trained where whole weights are.
+#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(untagged)]
+pub enum TrainedLayers {
+    /// `all`, and the tensors outside blocks too; or `expanded`, the blocks that `weightcast model expand` inserted.
+    Named(LayerSet),
+    /// These alone.
+    Numbers(Vec<u32>),
+}
+
+/// Blocks that have a name.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(rename_all = "lowercase")]
+pub enum LayerSet {
+    /// Everything.
+    #[default]
+    All,
+    /// What config.json lists in `expanded_layers`.
+    Expanded,
+}
+
+impl Default for TrainedLayers {
+    fn default() -> Self {
+        Self::Named(LayerSet::All)
+    }
+}
+
+impl TrainedLayers {
+    /// Whether a tensor of a model whose inserted blocks are `expanded` is trained.
+    #[must_use]
+    pub fn contains(&self, fqn: &Fqn, expanded: &[u32]) -> bool {
+        let is_in = |numbers: &[u32]| fqn.layer().is_some_and(|layer| numbers.contains(&layer));
+        match self {
+            Self::Named(LayerSet::All) => true,
+            Self::Named(LayerSet::Expanded) => is_in(expanded),
+            Self::Numbers(numbers) => is_in(numbers),
+        }
+    }
+
+    /// What is wrong with it for a model of `layers` blocks: what was expected and found.
+    #[must_use]
+    pub fn mismatch(&self, layers: u32, expanded: &[u32]) -> Option<(String, String)> {
+        match self {
+            Self::Named(LayerSet::Expanded) if expanded.is_empty() => {
+                let expected = "a model that `weightcast model expand` made";
+                Some((expected.to_owned(), "no expanded_layers in its config.json".to_owned()))
+            }
+            Self::Numbers(numbers) => {
+                let beyond = numbers.iter().find(|number| **number >= layers).map(u32::to_string);
+                let found = if numbers.is_empty() { Some("none".to_owned()) } else { beyond };
+                found.map(|found| (format!("blocks from 0 to {}", layers.saturating_sub(1)), found))
+            }
+            Self::Named(_) => None,
+        }
+    }
 }
 
 /// `[train.lora]`, in PEFT's terms.
@@ -214,6 +275,10 @@ impl Recipe {
         }
         if let (Some(_), Some(epochs)) = (self.steps, self.epochs) {
             return Err(("train.epochs", "either steps or epochs", epochs.to_string()));
+        }
+        if self.method != Method::Full && self.layers != TrainedLayers::default() {
+            let expected = "only with type = \"full\": where an adapter goes is train.lora.target-modules";
+            return Err(("train.layers", expected, "it".to_owned()));
         }
         let optimizer = &self.optimizer;
         let (rate, epochs) = (optimizer.learning_rate, self.epochs.unwrap_or(1.0));

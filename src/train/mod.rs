@@ -29,7 +29,9 @@ mod state;
 mod steps;
 mod table;
 
-pub use config::{CheckpointRecipe, EvaluationRecipe, LoraRecipe, Method, OptimizerRecipe, Recipe, Targets};
+pub use config::{
+    CheckpointRecipe, EvaluationRecipe, LayerSet, LoraRecipe, Method, OptimizerRecipe, Recipe, Targets, TrainedLayers,
+};
 pub use control::{Control, Grant, News};
 pub use error::TrainError;
 pub(crate) use probe::{Gradients, Probe, Wanted};

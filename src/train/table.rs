@@ -30,7 +30,9 @@ pub fn trained_tensors(
     adapter: Option<AdapterConfig>,
 ) -> Result<Trained, AdapterError> {
     if recipe.method == Method::Full {
-        let tensors = skeleton.tensors.iter().map(|tensor| (tensor.fqn.clone(), tensor.shape.clone())).collect();
+        let expanded = skeleton.config.as_ref().map_or(&[][..], |config| &config.expanded_layers);
+        let tensors = skeleton.tensors.iter().filter(|tensor| recipe.layers.contains(&tensor.fqn, expanded));
+        let tensors = tensors.map(|tensor| (tensor.fqn.clone(), tensor.shape.clone())).collect();
         return Ok(Trained { tensors, adapter: None });
     }
     let config = adapter.unwrap_or_else(|| recipe.lora.adapter_config());

@@ -164,6 +164,21 @@ text! {
     /// PyTorch's fully qualified tensor name, such as `model.layers.0.self_attn.q_proj.weight`.
     Fqn
 }
+impl Fqn {
+    /// The number of the layer that the tensor belongs to: the digits after `layers.`, `layer.`, `h.` or `blocks.`.
+    #[must_use]
+    pub fn layer(&self) -> Option<u32> {
+        let mut parts = self.as_str().split('.');
+        while let Some(part) = parts.next() {
+            if matches!(part, "layers" | "layer" | "h" | "blocks")
+                && let Some(number) = parts.next().and_then(|number| number.parse().ok())
+            {
+                return Some(number);
+            }
+        }
+        None
+    }
+}
 text! {
     /// The name of a job, the same over restarts.
     JobId

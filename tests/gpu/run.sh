@@ -147,5 +147,37 @@ printf '[load]\nchunk-bytes = 33554432\n' > "$work/large.toml"
 same_digests nccl-two-host-ids host-nf4 150 "${two[@]}" "$work/large.toml"
 NCCL_MULTI_RANK_GPU_ENABLE=1 same_digests nccl-two-multi-rank host-nf4 150 "${two[@]}" "$work/large.toml"
 
+# (f) Training on the card, by a binary built with the feature cuda: the losses of the processor, killed and resumed too.
+data=$here/../data
+train() {
+    printf '%s\n' "model.source = \"$data/tiny-llama\"" "load.device = \"$2\"" "checkpoint.directory = \"$work/$1\"" \
+        '[train]' "steps = $3" 'batch-size = 4' 'seed = 7' '[train.data]' "train = \"$data/devils-dictionary.jsonl\"" \
+        'sequence-length = 128' '[train.optimizer]' 'schedule = "constant"' '[train.checkpoint]' 'every-minutes = 0' 'every-steps = 5' > "$work/$1.toml"
+    run "$1" 200 "$binary" launch --nproc-per-node 1 "$work/$1.toml"
+}
+losses() { sed -n 's/.*"kind":"step".*"loss":\([0-9.]*\).*/\1/p' "$work/$1/metrics/metrics.jsonl" 2> /dev/null; }
+rate() { sed -n 's/.*"tokens_per_second":\([0-9.]*\).*/\1/p' "$work/$1/metrics/metrics.jsonl" | sort -n | tail -n 1; }
+train train-host cpu 10
+result "training on the host" $? "$(losses train-host | wc -l) steps, $(rate train-host) tokens/s at best"
+train train-card cuda 10
+code=$?
+if [ $code -eq 0 ]; then
+    worst=$(paste <(losses train-host) <(losses train-card) | awk '{ d = ($1 - $2) / $1; if (d < 0) d = -d; if (d > worst) worst = d; n++ }
+        END { printf "%.1e of %d", worst, n }')
+    awk -v worst="${worst%% *}" -v n="${worst##* }" 'BEGIN { exit !(worst < 1e-3 && n == 10) }'
+    result "training on the card" $? "largest difference of a loss $worst, $(rate train-card) tokens/s at best"
+else
+    result "training on the card" 1 "$(why train-card $code)"
+fi
+# The first half, then the whole by the same directory: the step that is resumed after is exact.
+train train-resumed cuda 5 && train train-resumed cuda 10
+code=$?
+if [ $code -eq 0 ]; then
+    [ "$(losses train-resumed | tail -n 5)" = "$(losses train-card | tail -n 5)" ]
+    result "resumed on the card" $? "last loss $(losses train-resumed | tail -n 1), expected $(losses train-card | tail -n 1)"
+else
+    result "resumed on the card" 1 "$(why train-resumed $code)"
+fi
+
 echo "$((SECONDS - started)) s in all"
 exit $failed
