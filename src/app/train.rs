@@ -188,9 +188,11 @@ fn check_layers(recipe: &Recipe, skeleton: &Skeleton, base: &LoadPlan) -> Result
 fn step_sizes(recipe: &Recipe, config: &ModelConfig, state: &LoadPlan) -> StepSizes {
     let layers = u64::from(config.num_hidden_layers);
     let count = state.tensors.len() / 3;
+    // A rank's share of a step may be less than a micro-batch.
+    let sequences = recipe.micro_batch_size.min(recipe.batch_size.div_ceil(u64::from(state.world.get())));
     let ranks = state.tensors.iter().take(count).filter(|tensor| tensor.fqn.as_str().ends_with(".lora_A.weight"));
     StepSizes {
-        tokens: recipe.micro_batch_size * u64::from(recipe.data.sequence_length),
+        tokens: sequences * u64::from(recipe.data.sequence_length),
         layers,
         hidden: config.hidden_size,
         query: config.num_attention_heads * config.head_dim,
