@@ -45,6 +45,46 @@ pub enum QuantError {
         /// The number of values given.
         values: usize,
     },
+    /// A width of codes that a format does not have.
+    #[error("bits of {format}: expected {expected}, found {found}")]
+    Bits {
+        /// The format.
+        format: &'static str,
+        /// The widths that it has.
+        expected: &'static str,
+        /// The width as given.
+        found: u8,
+    },
+    /// Groups of no weights, or weights that are no whole number of groups.
+    #[error("group size: expected a divisor of {values} weights, found {found}")]
+    GroupSize {
+        /// Weights per group as given.
+        found: usize,
+        /// The number of weights.
+        values: usize,
+    },
+    /// A size that a packing cannot have.
+    #[error("{what}: expected a multiple of {expected}, found {found}")]
+    Parts {
+        /// What is packed together.
+        what: &'static str,
+        /// How many of them make a unit.
+        expected: usize,
+        /// How many there are.
+        found: usize,
+    },
+    /// A part that is not inside the whole.
+    #[error("{what}: expected at most {bound}, found {count} from {start} on")]
+    Range {
+        /// What is counted.
+        what: &'static str,
+        /// The first one.
+        start: usize,
+        /// How many.
+        count: usize,
+        /// How many there are.
+        bound: usize,
+    },
     /// A dynamic map that is not ascending or not finite.
     #[error("dynamic map: expected 256 finite ascending values, found a break at index {index}")]
     UnsortedMap {

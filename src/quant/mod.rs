@@ -25,12 +25,14 @@
 //! A poisoned block follows bitsandbytes, whose `max` passes a NaN on. Whoever loads weights should refuse the tensor: the
 //! quantizers return how many values were not finite.
 
+pub mod affine;
 mod convert;
 mod error;
 mod four_bit;
 mod int8;
 mod kernels;
 mod nested;
+pub mod pack;
 mod source;
 mod state;
 
