@@ -63,6 +63,12 @@ pub enum QuantError {
         /// The number of weights.
         values: usize,
     },
+    /// A group size that MLX does not have.
+    #[error("group size of mlx: expected 32, 64 or 128, found {found}")]
+    MlxGroup {
+        /// Weights per group as asked.
+        found: usize,
+    },
     /// A size that a packing cannot have.
     #[error("{what}: expected a multiple of {expected}, found {found}")]
     Parts {

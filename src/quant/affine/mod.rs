@@ -17,9 +17,11 @@ mod bits;
 mod dequantize;
 mod hqq;
 mod hqq_error;
+mod mlx;
 mod torch_sum;
 
 pub use bits::CodeBits;
 pub use dequantize::{AffineGroups, GroupAxis, Offset};
 pub use hqq::{HqqRule, HqqSolver, quantize_hqq};
 pub use hqq_error::{ErrorSum, HqqStop};
+pub use mlx::MlxRule;

@@ -6,6 +6,8 @@
 //! - `PK-1`: unpacking what was packed gives the codes; packing is equal to the tools' to the byte.
 //! - `PK-2`: nothing here panics for any bytes and sizes; what does not fit is a [`QuantError`](crate::quant::QuantError).
 
+mod bit_stream;
 mod hqq;
 
+pub use bit_stream::{bit_stream_bytes, pack_bit_stream, unpack_bit_stream};
 pub use hqq::HqqPacking;

@@ -3,6 +3,7 @@
 mod equality;
 mod golden;
 mod hqq;
+mod mlx;
 mod rules;
 
 use std::collections::BTreeMap;
