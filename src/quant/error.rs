@@ -69,6 +69,16 @@ pub enum QuantError {
         /// Weights per group as asked.
         found: usize,
     },
+    /// An entry of `g_idx` that names no group.
+    #[error("g_idx of input {input}: expected a group below {groups}, found {found}")]
+    GroupIndex {
+        /// The input feature.
+        input: usize,
+        /// How many groups there are.
+        groups: usize,
+        /// The entry.
+        found: i32,
+    },
     /// A size that a packing cannot have.
     #[error("{what}: expected a multiple of {expected}, found {found}")]
     Parts {
@@ -102,7 +112,7 @@ pub enum QuantError {
 impl Classify for QuantError {
     fn kind(&self) -> Kind {
         match self {
-            Self::UnsortedMap { .. } => Kind::Corrupt,
+            Self::UnsortedMap { .. } | Self::GroupIndex { .. } => Kind::Corrupt,
             _ => Kind::Invalid,
         }
     }

@@ -29,6 +29,7 @@ pub mod affine;
 mod convert;
 mod error;
 mod four_bit;
+pub mod fp8;
 mod int8;
 mod kernels;
 mod nested;

@@ -1,7 +1,9 @@
 //! Tests of the whole module: the vectors of the real tools, the rules by hand, and every kernel against the scalar one.
 
 mod equality;
+mod fp8;
 mod golden;
+mod gptq_awq;
 mod hqq;
 mod mlx;
 mod rules;
