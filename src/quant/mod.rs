@@ -1,4 +1,5 @@
-//! Block-wise quantization of weights on slices: bitsandbytes NF4, FP4, double quantization and LLM.int8, and conversions.
+//! Block-wise quantization of weights on slices: bitsandbytes NF4, FP4, double quantization and LLM.int8, and conversions;
+//! below, what HQQ, MLX, GPTQ and AWQ have in common ([`affine`], [`pack`]), and FP8 ([`fp8`]).
 //!
 //! Owns: the codebooks, the rules of rounding, the SIMD kernels and the JSON text of a quantization state. The rules are
 //! those of bitsandbytes 0.50 on CPU (`quantize_4bit`, `int8_vectorwise_quant`), so files are equal to its files byte for byte.

@@ -18,8 +18,9 @@ use std::borrow::Cow;
 use super::hqq_error::{ErrorSum, HqqStop};
 use super::torch_sum::SumOrder;
 use super::{CodeBits, GroupAxis};
-use crate::quant::QuantError;
 use crate::quant::error::expect_len;
+use crate::quant::kernels::{HqqErrors, HqqGroup, round_to_code};
+use crate::quant::{Kernels, QuantError};
 use crate::types::as_u64;
 
 /// Ranges up to this keep scale 1.
@@ -32,8 +33,6 @@ const SHRINKS_TO_ZERO: f32 = 0.17;
 const EXPONENT: f32 = -0.3;
 /// `1 / beta`.
 const INVERSE_BETA: f32 = 0.1;
-/// 2^23: adding and subtracting it rounds a value of 0 to 2^22 to an integer, ties to even.
-const ROUNDER: f32 = 8_388_608.0;
 
 /// What is asked of a quantization.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]
@@ -134,17 +133,20 @@ impl<'w> HqqSolver<'w> {
 
     /// One iteration over all groups: the errors of the zeros so far, and better zeros.
     #[must_use]
-    pub fn step(&mut self) -> ErrorSum {
+    pub fn step(&mut self, kernels: Kernels) -> ErrorSum {
         let mut targets = vec![0.0; self.rule.group];
         let mut total = ErrorSum::default();
-        let max_code = f32::from(self.rule.bits.max_code());
-        for (group, weights) in self.weights.chunks_exact(self.rule.group).enumerate() {
-            let (scale, zero) = (self.scale[group], self.zero[group]);
-            let error = targets_of_group(weights, scale, zero, max_code, &mut targets);
-            total = total.merge(ErrorSum::of_group(error, as_u64(weights.len())));
-            self.zero[group] = self.order(group).mean(&targets);
+        for (index, weights) in self.weights.chunks_exact(self.rule.group).enumerate() {
+            let errors = targets_of_group(kernels, self.group(index), weights, &mut targets);
+            total = total.merge(ErrorSum::of_group(errors.sum, as_u64(weights.len())));
+            self.zero[index] = self.order(index).mean(&targets);
         }
         total
+    }
+
+    fn group(&self, index: usize) -> HqqGroup {
+        let max_code = f32::from(self.rule.bits.max_code());
+        HqqGroup { scale: self.scale[index], zero: self.zero[index], max_code }
     }
 
     fn order(&self, group: usize) -> SumOrder {
@@ -185,21 +187,19 @@ impl<'w> HqqSolver<'w> {
     /// [`QuantError::Length`] when `codes` has not one element for each weight.
     pub fn codes(&self, codes: &mut [u8]) -> Result<(), QuantError> {
         expect_len("codes", codes.len(), self.len())?;
-        let max_code = f32::from(self.rule.bits.max_code());
-        let groups = self.weights.chunks_exact(self.rule.group).zip(&self.scale).zip(&self.zero);
-        match self.axis {
-            GroupAxis::Runs => {
-                for (codes, ((weights, scale), zero)) in codes.chunks_exact_mut(self.rule.group).zip(groups) {
-                    let run = codes.iter_mut().zip(weights);
-                    run.for_each(|(code, weight)| *code = to_u8(level(*weight, *scale, *zero, max_code)));
+        let mask = self.rule.bits.max_code();
+        let max_code = f32::from(mask);
+        for (index, weights) in self.weights.chunks_exact(self.rule.group).enumerate() {
+            let HqqGroup { scale, zero, .. } = self.group(index);
+            let of = |weight: &f32| round_to_code((weight * scale + zero).clamp(0.0, max_code), mask);
+            match self.axis {
+                GroupAxis::Runs => {
+                    let run = codes[index * self.rule.group..].iter_mut().zip(weights);
+                    run.for_each(|(code, weight)| *code = of(weight));
                 }
-            }
-            GroupAxis::Columns => {
-                for (column, ((weights, scale), zero)) in groups.enumerate() {
-                    let places = codes.iter_mut().skip(column).step_by(self.scale.len());
-                    places
-                        .zip(weights)
-                        .for_each(|(code, weight)| *code = to_u8(level(*weight, *scale, *zero, max_code)));
+                GroupAxis::Columns => {
+                    let places = codes.iter_mut().skip(index).step_by(self.scale.len());
+                    places.zip(weights).for_each(|(code, weight)| *code = of(weight));
                 }
             }
         }
@@ -211,14 +211,19 @@ impl<'w> HqqSolver<'w> {
 ///
 /// # Errors
 /// [`QuantError::GroupSize`] when the weights are not whole groups.
-pub fn quantize_hqq(rule: HqqRule, axis: GroupAxis, weights: &[f32]) -> Result<HqqSolver<'_>, QuantError> {
+pub fn quantize_hqq(
+    kernels: Kernels,
+    rule: HqqRule,
+    axis: GroupAxis,
+    weights: &[f32],
+) -> Result<HqqSolver<'_>, QuantError> {
     let groups = rule.groups(weights.len())?;
     let mut solver = match axis {
         GroupAxis::Runs => HqqSolver::runs(rule, weights)?,
         GroupAxis::Columns => HqqSolver::columns(rule, weights, groups, 0..groups, groups)?,
     };
     let mut stop = HqqStop::new();
-    while stop.goes_on(solver.step()) {}
+    while stop.goes_on(solver.step(kernels)) {}
     Ok(solver)
 }
 
@@ -239,43 +244,17 @@ fn start_of_group(rule: HqqRule, weights: &[f32]) -> (f32, f32) {
     (scale, if rule.round_zero { zero.round_ties_even() } else { zero })
 }
 
-/// `clamp(round(w*s + z))`. Clamping first gives the same, because the bounds are integers, and leaves what [`ROUNDER`] rounds.
-#[inline(always)]
-fn level(weight: f32, scale: f32, zero: f32, max_code: f32) -> f32 {
-    ((weight * scale + zero).clamp(0.0, max_code) + ROUNDER) - ROUNDER
-}
-
-#[expect(
-    clippy::cast_possible_truncation,
-    clippy::cast_sign_loss,
-    reason = "an integer from 0 to 255, or NaN, which is 0"
-)]
-#[inline(always)]
-fn to_u8(level: f32) -> u8 {
-    level as u8
-}
-
-/// Fills in `Wq - (W - We) * s`, whose mean is the next zero; the sum of `|W - Wr|` in one order of f64 additions.
-fn targets_of_group(weights: &[f32], scale: f32, zero: f32, max_code: f32, targets: &mut [f32]) -> f64 {
-    let mut sums = [0.0_f64; 8];
-    let mut largest = [0.0_f32; 8];
-    for (weights, targets) in weights.chunks(8).zip(targets.chunks_mut(8)) {
-        for lane in 0..weights.len() {
-            let level = level(weights[lane], scale, zero, max_code);
-            let error = (weights[lane] - (level - zero) / scale).abs();
-            targets[lane] = level - weights[lane] * scale;
-            sums[lane] += f64::from(error);
-            largest[lane] = if error > largest[lane] { error } else { largest[lane] };
-        }
-    }
-    if largest.iter().any(|error| *error > SHRINKS_TO_ZERO) {
+/// Fills in `Wq - (W - We) * s`, whose mean is the next zero.
+fn targets_of_group(kernels: Kernels, group: HqqGroup, weights: &[f32], targets: &mut [f32]) -> HqqErrors {
+    let errors = kernels.hqq_targets(group, weights, targets);
+    if errors.largest > SHRINKS_TO_ZERO {
         for (target, weight) in targets.iter_mut().zip(weights) {
-            let level = level(*weight, scale, zero, max_code);
-            let shrunk = shrink(*weight - (level - zero) / scale);
-            *target = level - (*weight - shrunk) * scale;
+            let level = group.level(*weight);
+            let shrunk = shrink(weight - (level - group.zero) / group.scale);
+            *target = level - (weight - shrunk) * group.scale;
         }
     }
-    sums.iter().sum()
+    errors
 }
 
 fn shrink(error: f32) -> f32 {

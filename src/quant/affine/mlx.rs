@@ -14,11 +14,10 @@
 use super::CodeBits;
 use crate::quant::QuantError;
 use crate::quant::error::expect_len;
+use crate::quant::kernels::round_to_code;
 
 /// The least magnitude of a scale before it is fitted to the edge.
 const LEAST_SCALE: f32 = 1e-7;
-/// As in `hqq.rs`: rounds 0 to 2^22 to an integer, ties to even.
-const ROUNDER: f32 = 8_388_608.0;
 
 /// A format that `mx.quantize` has.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]
@@ -72,13 +71,14 @@ impl MlxRule {
         expect_len("codes", codes.len(), weights.len())?;
         expect_len("scales", scales.len(), weights.len() / self.group)?;
         expect_len("biases", biases.len(), weights.len() / self.group)?;
-        let max_code = f32::from(self.bits.max_code());
+        let mask = self.bits.max_code();
+        let max_code = f32::from(mask);
         let groups = weights.chunks_exact(self.group).zip(codes.chunks_exact_mut(self.group));
         for ((weights, codes), parameters) in groups.zip(scales.iter_mut().zip(biases)) {
             let (scale, bias) = parameters_of_group(weights, max_code);
             (*parameters.0, *parameters.1) = (scale, bias);
             for (code, weight) in codes.iter_mut().zip(weights) {
-                *code = to_u8((((weight - bias) / scale).clamp(0.0, max_code) + ROUNDER) - ROUNDER);
+                *code = round_to_code(((weight - bias) / scale).clamp(0.0, max_code), mask);
             }
         }
         Ok(())
@@ -94,14 +94,4 @@ fn parameters_of_group(weights: &[f32], max_code: f32) -> (f32, f32) {
     let (scale, edge) = if negative_edge { (magnitude, min) } else { (-magnitude, max) };
     let steps = (edge / scale).round_ties_even();
     if steps == 0.0 { (scale, 0.0) } else { (edge / steps, edge) }
-}
-
-#[expect(
-    clippy::cast_possible_truncation,
-    clippy::cast_sign_loss,
-    reason = "an integer from 0 to 255, or NaN, which is 0"
-)]
-#[inline(always)]
-fn to_u8(level: f32) -> u8 {
-    level as u8
 }

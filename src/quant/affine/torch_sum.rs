@@ -72,6 +72,12 @@ fn interleaved<const N: usize>(vectors: &[[f32; N]]) -> [f32; N] {
 /// The cascade over vectors `start, start + step, ...`.
 fn cascade<const N: usize>(vectors: &[[f32; N]], start: usize, step: usize) -> [f32; N] {
     let count = vectors.len() / step;
+    if count < 16 {
+        // No level is ever whole; the empty upper ones add +0.0, which changes nothing.
+        let mut sum = [0.0; N];
+        vectors.iter().skip(start).step_by(step).for_each(|vector| add(&mut sum, vector));
+        return sum;
+    }
     let level_power = (ceil_log2(count) / LEVELS).max(4);
     let per_level = 1 << level_power;
     let mut levels = [[0.0; N]; LEVELS];

@@ -9,7 +9,7 @@
 //! Cuts: along `out` at multiples of 8, along `in` at multiples of the group, files can be cut without unpacking.
 
 use super::gptq::scales_of;
-use super::region::Region;
+use super::region::{Region, TILE};
 use super::words::Words;
 use crate::quant::QuantError;
 use crate::quant::error::expect_len;
@@ -104,13 +104,15 @@ impl<'a> Awq<'a> {
         let scales = scales_of(self.scales, self.groups, self.shape.outputs, region);
         let mut zeros = vec![0; self.groups * count];
         self.zeros(region.outputs.clone(), &mut zeros)?;
-        let mut codes = vec![0; count];
-        region.turn(out, |input, weights| {
-            unpack_row(self.qweight, input, region.outputs.start, &mut codes);
-            let start = input / self.shape.group * count;
-            let parameters = scales[start..start + count].iter().zip(&zeros[start..start + count]);
-            for ((weight, code), (scale, zero)) in weights.iter_mut().zip(&codes).zip(parameters) {
-                *weight = (f32::from(*code) - f32::from(*zero)) * scale;
+        let zeros: Vec<f32> = zeros.into_iter().map(f32::from).collect();
+        region.turn(out, |input, tile, weights| {
+            let mut codes = [0; TILE];
+            let codes = &mut codes[..weights.len()];
+            unpack_row(self.qweight, input, region.outputs.start + tile, codes);
+            let start = input / self.shape.group * count + tile;
+            let parameters = scales[start..].iter().zip(&zeros[start..]);
+            for ((weight, code), (scale, zero)) in weights.iter_mut().zip(codes).zip(parameters) {
+                *weight = (f32::from(*code) - zero) * scale;
             }
         });
         Ok(())

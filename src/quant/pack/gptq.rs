@@ -17,7 +17,7 @@
 //! Cuts: along `out` at multiples of `32 / gcd(32, bits)` outputs files can be cut without unpacking `qzeros` (`qweight` and
 //! `scales` at any output); along `in` at multiples of as many inputs, and, without act-order, of a group.
 
-use super::region::Region;
+use super::region::{Region, TILE};
 use super::words::{Words, pack_rows, words_of};
 use crate::quant::QuantError;
 use crate::quant::affine::CodeBits;
@@ -185,12 +185,13 @@ impl<'a> Gptq<'a> {
         self.zeros(region.outputs.clone(), &mut codes)?;
         let zeros: Vec<f32> = codes.iter().map(|zero| f32::from(*zero)).collect();
         let scales = scales_of(self.scales, self.shape.groups(), self.shape.outputs, region);
-        let mut codes = vec![0; count];
-        region.turn(out, |input, weights| {
-            self.qweight.unpack_down(self.shape.bits, input, region.outputs.start, &mut codes);
-            let start = self.group_of(input).expect("the region was checked") * count;
-            let parameters = scales[start..start + count].iter().zip(&zeros[start..start + count]);
-            for ((weight, code), (scale, zero)) in weights.iter_mut().zip(&codes).zip(parameters) {
+        region.turn(out, |input, tile, weights| {
+            let mut codes = [0; TILE];
+            let codes = &mut codes[..weights.len()];
+            self.qweight.unpack_down(self.shape.bits, input, region.outputs.start + tile, codes);
+            let start = self.group_of(input).expect("the region was checked") * count + tile;
+            let parameters = scales[start..].iter().zip(&zeros[start..]);
+            for ((weight, code), (scale, zero)) in weights.iter_mut().zip(codes).zip(parameters) {
                 *weight = (f32::from(*code) - zero) * scale;
             }
         });
@@ -208,7 +209,7 @@ fn groups_from(bytes: &[u8], shape: &GptqShape) -> Result<Vec<usize>, QuantError
     let group = |(input, bytes): (usize, &[u8; 4])| {
         let found = i32::from_le_bytes(*bytes);
         let group = usize::try_from(found).ok().filter(|group| *group < shape.groups());
-        group.ok_or(QuantError::GroupIndex { input, groups: shape.groups(), found })
+        group.ok_or_else(|| QuantError::GroupIndex { input, groups: shape.groups(), found })
     };
     bytes.as_chunks::<4>().0.iter().enumerate().map(group).collect()
 }

@@ -6,8 +6,11 @@ use std::ops::Range;
 
 use crate::quant::QuantError;
 
-/// Rows turned at a time: 16 f32 are one line of cache.
+/// Inputs turned at a time: 16 f32 are one line of cache.
 const ROWS_AT_ONCE: usize = 16;
+
+/// Outputs turned at a time: with 16 inputs 4 KiB, which stay in the first cache.
+pub(super) const TILE: usize = 64;
 
 /// Some inputs and outputs of a linear layer's weight.
 #[derive(Clone, Debug, PartialEq, Eq)]
@@ -42,21 +45,25 @@ impl Region {
         check_range("outputs", &self.outputs, outputs)
     }
 
-    /// Fills `out`, `[outputs, inputs]` of this region, from rows that `fill` makes: the weights of one input.
-    pub(super) fn turn(&self, out: &mut [f32], mut fill: impl FnMut(usize, &mut [f32])) {
-        let (inputs, outputs) = (self.inputs.len(), self.outputs.len());
+    /// Fills `out`, `[outputs, inputs]` of this region, from runs that `fill(input, first, run)` makes: the weights of one
+    /// input and of outputs `first ..` of the region, at most [`TILE`].
+    pub(super) fn turn(&self, out: &mut [f32], mut fill: impl FnMut(usize, usize, &mut [f32])) {
+        let inputs = self.inputs.len();
         if self.is_empty() {
             return;
         }
-        let mut rows = vec![0.0; ROWS_AT_ONCE.min(inputs) * outputs];
-        for start in (0..inputs).step_by(ROWS_AT_ONCE) {
-            let count = ROWS_AT_ONCE.min(inputs - start);
-            for (row, values) in rows.chunks_exact_mut(outputs).take(count).enumerate() {
-                fill(self.inputs.start + start + row, values);
-            }
-            for (output, values) in out.chunks_exact_mut(inputs).enumerate() {
-                let places = values[start..start + count].iter_mut();
-                places.zip(rows[output..].iter().step_by(outputs)).for_each(|(place, value)| *place = *value);
+        let mut tile = [[0.0; TILE]; ROWS_AT_ONCE];
+        for (out, first) in out.chunks_mut(TILE * inputs).zip((0..).step_by(TILE)) {
+            let outputs = out.len() / inputs;
+            for start in (0..inputs).step_by(ROWS_AT_ONCE) {
+                let count = ROWS_AT_ONCE.min(inputs - start);
+                for (row, run) in tile[..count].iter_mut().enumerate() {
+                    fill(self.inputs.start + start + row, first, &mut run[..outputs]);
+                }
+                for (output, values) in out.chunks_exact_mut(inputs).enumerate() {
+                    let places = values[start..start + count].iter_mut();
+                    places.zip(&tile).for_each(|(place, run)| *place = run[output]);
+                }
             }
         }
     }
