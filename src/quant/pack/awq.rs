@@ -125,16 +125,22 @@ impl<'a> Awq<'a> {
 }
 
 /// The codes of outputs `first ..` of a row.
-fn unpack_row(words: Words<'_>, row: usize, first: usize, mut codes: &mut [u8]) {
+fn unpack_row(words: Words<'_>, row: usize, first: usize, codes: &mut [u8]) {
     let words = words.row(row);
-    let mut output = first;
-    while !codes.is_empty() {
-        let count = codes.len().min(8 - output % 8);
-        let (eight, rest) = codes.split_at_mut(count);
-        let word = u32::from_le_bytes(words[output / 8]);
-        let shifts = &SHIFTS[output % 8..];
-        eight.iter_mut().zip(shifts).for_each(|(code, shift)| *code = (word >> shift).to_le_bytes()[0] & 15);
-        (codes, output) = (rest, output + count);
+    let eight = |word: &[u8; 4]| {
+        let word = u32::from_le_bytes(*word);
+        SHIFTS.map(|shift| (word >> shift).to_le_bytes()[0] & 15)
+    };
+    // The rest of a word that the range begins in, whole words, and the start of one that it ends in.
+    let (head, rest) = codes.split_at_mut(codes.len().min(first.next_multiple_of(8) - first));
+    if !head.is_empty() {
+        head.copy_from_slice(&eight(&words[first / 8])[first % 8..][..head.len()]);
+    }
+    let words = words.get(first.div_ceil(8)..).unwrap_or_default();
+    let (whole, tail) = rest.as_chunks_mut::<8>();
+    whole.iter_mut().zip(words).for_each(|(codes, word)| *codes = eight(word));
+    if let Some(word) = words.get(whole.len()) {
+        tail.copy_from_slice(&eight(word)[..tail.len()]);
     }
 }
 
