@@ -45,6 +45,62 @@ pub enum QuantError {
         /// The number of values given.
         values: usize,
     },
+    /// A width of codes that a format does not have.
+    #[error("bits of {format}: expected {expected}, found {found}")]
+    Bits {
+        /// The format.
+        format: &'static str,
+        /// The widths that it has.
+        expected: &'static str,
+        /// The width as given.
+        found: u8,
+    },
+    /// Groups of no weights, or weights that are no whole number of groups.
+    #[error("group size: expected a divisor of {values} weights, found {found}")]
+    GroupSize {
+        /// Weights per group as given.
+        found: usize,
+        /// The number of weights.
+        values: usize,
+    },
+    /// A group size that MLX does not have.
+    #[error("group size of mlx: expected 32, 64 or 128, found {found}")]
+    MlxGroup {
+        /// Weights per group as asked.
+        found: usize,
+    },
+    /// An entry of `g_idx` that names no group.
+    #[error("g_idx of input {input}: expected a group below {groups}, found {found}")]
+    GroupIndex {
+        /// The input feature.
+        input: usize,
+        /// How many groups there are.
+        groups: usize,
+        /// The entry.
+        found: i32,
+    },
+    /// A size that a packing cannot have.
+    #[error("{what}: expected a multiple of {expected}, found {found}")]
+    Parts {
+        /// What is packed together.
+        what: &'static str,
+        /// How many of them make a unit.
+        expected: usize,
+        /// How many there are.
+        found: usize,
+    },
+    /// A part that is not inside the whole.
+    #[error("{what}: expected at most {bound}, found {count} from {start} on")]
+    Range {
+        /// What is counted.
+        what: &'static str,
+        /// The first one.
+        start: usize,
+        /// How many.
+        count: usize,
+        /// How many there are.
+        bound: usize,
+    },
     /// A dynamic map that is not ascending or not finite.
     #[error("dynamic map: expected 256 finite ascending values, found a break at index {index}")]
     UnsortedMap {
@@ -56,7 +112,7 @@ pub enum QuantError {
 impl Classify for QuantError {
     fn kind(&self) -> Kind {
         match self {
-            Self::UnsortedMap { .. } => Kind::Corrupt,
+            Self::UnsortedMap { .. } | Self::GroupIndex { .. } => Kind::Corrupt,
             _ => Kind::Invalid,
         }
     }

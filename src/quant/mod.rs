@@ -1,4 +1,5 @@
-//! Block-wise quantization of weights on slices: bitsandbytes NF4, FP4, double quantization and LLM.int8, and conversions.
+//! Block-wise quantization of weights on slices: bitsandbytes NF4, FP4, double quantization and LLM.int8, and conversions;
+//! below, what HQQ, MLX, GPTQ and AWQ have in common ([`affine`], [`pack`]), and FP8 ([`fp8`]).
 //!
 //! Owns: the codebooks, the rules of rounding, the SIMD kernels and the JSON text of a quantization state. The rules are
 //! those of bitsandbytes 0.50 on CPU (`quantize_4bit`, `int8_vectorwise_quant`), so files are equal to its files byte for byte.
@@ -25,12 +26,15 @@
 //! A poisoned block follows bitsandbytes, whose `max` passes a NaN on. Whoever loads weights should refuse the tensor: the
 //! quantizers return how many values were not finite.
 
+pub mod affine;
 mod convert;
 mod error;
 mod four_bit;
+pub mod fp8;
 mod int8;
 mod kernels;
 mod nested;
+pub mod pack;
 mod source;
 mod state;
 

@@ -6,6 +6,7 @@
     expect(unsafe_code, reason = "calls into functions that need instructions which were found at run time")
 )]
 
+mod affine;
 #[cfg(target_arch = "x86_64")]
 mod avx2;
 #[cfg(target_arch = "x86_64")]
@@ -17,6 +18,7 @@ use half::bf16;
 use super::source::WeightFloat;
 use super::{FourBit, Source};
 
+pub(super) use affine::{HqqErrors, HqqGroup, round_to_code};
 pub(super) use scalar::quantize_short_block;
 
 /// The instruction set of the inner loops; every one gives the same bytes.
@@ -164,6 +166,17 @@ impl Kernels {
             Level::Avx512 => unsafe { avx512::nested_quantize(absmax, offset, thresholds, codes) },
             _ => scalar::nested_quantize(absmax, offset, thresholds, codes),
         }
+    }
+
+    /// One group; the lengths are equal.
+    pub(super) fn hqq_targets(self, group: HqqGroup, weights: &[f32], targets: &mut [f32]) -> HqqErrors {
+        dispatch!(
+            self.level,
+            affine::hqq_targets,
+            affine::hqq_targets_avx2,
+            affine::hqq_targets_avx2,
+            (group, weights, targets)
+        )
     }
 
     /// Between two different types; the lengths fit.

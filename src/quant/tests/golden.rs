@@ -13,9 +13,13 @@ fn golden() -> Value {
     serde_json::from_slice(&data("golden/golden_bnb.json")).expect("golden vectors")
 }
 
-/// The input rule of the golden vectors: 65,536 bf16 values.
-#[expect(clippy::cast_precision_loss, reason = "24 bits fit a f32")]
 fn golden_input() -> Vec<u8> {
+    input(65_536)
+}
+
+/// The input rule of the golden vectors: `count` bf16 values.
+#[expect(clippy::cast_precision_loss, reason = "24 bits fit a f32")]
+pub(super) fn input(count: u32) -> Vec<u8> {
     let value = |i: u32| {
         let mut u = i.wrapping_mul(2_654_435_761).wrapping_add(12_345);
         u ^= u >> 15;
@@ -26,7 +30,7 @@ fn golden_input() -> Vec<u8> {
         let power = 1.0 / (1_u32 << ((i / 64) % 7)) as f32;
         ((u >> 8) as f32 / 16_777_216.0 - 0.5) * 0.1 * power
     };
-    (0..65_536).flat_map(|i| bf16::from_f32(value(i)).to_le_bytes()).collect()
+    (0..count).flat_map(|i| bf16::from_f32(value(i)).to_le_bytes()).collect()
 }
 
 fn text<'v>(value: &'v Value, key: &str) -> &'v str {

@@ -1,7 +1,11 @@
 //! Tests of the whole module: the vectors of the real tools, the rules by hand, and every kernel against the scalar one.
 
 mod equality;
+mod fp8;
 mod golden;
+mod gptq_awq;
+mod hqq;
+mod mlx;
 mod rules;
 
 use std::collections::BTreeMap;
@@ -54,6 +58,24 @@ fn safetensors(paths: &[&str]) -> BTreeMap<String, Vec<u8>> {
         }
     }
     tensors
+}
+
+/// The input rule of the golden vectors (formats.md section 10): `count` values in bf16, widened.
+fn rule(count: u32) -> Vec<f32> {
+    golden::input(count).as_chunks::<2>().0.iter().map(|bytes| half::bf16::from_le_bytes(*bytes).to_f32()).collect()
+}
+
+/// The distance of two f32 in units in the last place; 0 for two NaN, huge for a NaN and a number.
+fn ulps(a: f32, b: f32) -> u32 {
+    let ordered = |value: f32| {
+        let bits = i64::from(value.to_bits() & 0x7fff_ffff);
+        if value.is_sign_negative() { -bits } else { bits }
+    };
+    match (a.is_nan(), b.is_nan()) {
+        (true, true) => 0,
+        (false, false) => u32::try_from((ordered(a) - ordered(b)).unsigned_abs()).unwrap_or(u32::MAX),
+        _ => u32::MAX,
+    }
 }
 
 /// A small deterministic generator (SplitMix64); tests print its seed.
