@@ -139,7 +139,7 @@ fn layers_that_are_not_there_are_named() {
     ] {
         let job = place.path("job.toml");
         let text = format!(
-            "model.source = \"{MODEL}\"\ncheckpoint.directory = \"run\"\n[train]\nsteps = 1\n{train}\n[train.data]\ntrain = \"{DATA}\"\n"
+            "model.source = \"{MODEL}\"\ncheckpoint.directory = \"run\"\n[train]\nsteps = 1\n{train}\n[train.data]\ntrain = \"{DATA}\"\nsequence-length = 32\n"
         );
         std::fs::write(&job, text).expect("a job file");
         let ended = place.start(&["launch", "--nproc-per-node", "1", &job]).wait_within(LONG);

@@ -54,9 +54,28 @@ pub(super) async fn enter(
     join: &v1::JoinRequest,
 ) -> Result<(Clients, Joined, Streaming<v1::WatchResponse>), WorkerError> {
     let mut clients = Clients::connect(&config.coordinator).await?;
-    let member = send_join(&mut clients, config, join).await?;
-    let snapshots = open_watch(&mut clients, config, &member.id).await.map_err(refused(config, "watch"))?;
+    let (member, snapshots) = join_and_watch(&mut clients, config, join).await?;
     Ok((clients, member, snapshots))
+}
+
+/// Joins and opens the watch. A coordinator that does not know who has just joined was started again in between: then the
+/// error is one to try again after, as if it had been away.
+pub(super) async fn join_and_watch(
+    clients: &mut Clients,
+    config: &WorkerConfig,
+    join: &v1::JoinRequest,
+) -> Result<(Joined, Streaming<v1::WatchResponse>), WorkerError> {
+    let member = send_join(clients, config, join).await?;
+    let snapshots = open_watch(clients, config, &member.id).await.map_err(|status| {
+        let error = refused(config, "watch")(status);
+        match error {
+            WorkerError::Refused { rank, action, message, kind: Kind::Fenced } => {
+                WorkerError::Refused { rank, action, message, kind: Kind::Unavailable }
+            }
+            error => error,
+        }
+    })?;
+    Ok((member, snapshots))
 }
 
 /// A watch has no deadline: keepalive ends it when the coordinator is gone.

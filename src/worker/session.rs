@@ -11,7 +11,7 @@ use tokio::sync::mpsc as async_mpsc;
 use tonic::Streaming;
 use weightcast_proto::{PROTOCOL_VERSION, v1};
 
-use super::calls::{RETRY_DELAY, drain, enter, ip_towards, open_watch, refused, send_join};
+use super::calls::{RETRY_DELAY, drain, enter, ip_towards, join_and_watch, open_watch, refused};
 use super::data::{Blame, Command, DataThread, Failure, LoadCommand, Outcome, SaveCommand, Watched};
 use super::plane::{Meeting, Offer};
 use super::proc_stat::peak_resident_bytes;
@@ -395,13 +395,12 @@ impl Session {
         let snapshots = match open_watch(&mut self.clients, &self.config, &member).await {
             // Before its generation was formed, a rank is known to nobody but the coordinator that has gone.
             Err(status) if kind_of(&status) == Kind::Fenced && !self.loading => {
-                let member = send_join(&mut self.clients, &self.config, &self.join).await?;
-                let _ = self.member.send(member.id.clone());
-                open_watch(&mut self.clients, &self.config, &member.id).await
+                let (member, snapshots) = join_and_watch(&mut self.clients, &self.config, &self.join).await?;
+                let _ = self.member.send(member.id);
+                snapshots
             }
-            answer => answer,
-        }
-        .map_err(refused(&self.config, "watch"))?;
+            answer => answer.map_err(refused(&self.config, "watch"))?,
+        };
         self.report_again().await?;
         if self.preempted.load(Ordering::Relaxed) {
             // The signal came once; whether the last coordinator heard of it is not known.
