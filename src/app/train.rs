@@ -117,7 +117,7 @@ pub(super) fn apply_recipe(config: &mut JobConfig) -> Result<(), ConfigError> {
     recipe.base_quantization = match quantization.format {
         QuantizationFormat::Nf4 => Some(FourBitCode::Nf4),
         QuantizationFormat::Fp4 => Some(FourBitCode::Fp4),
-        QuantizationFormat::None | QuantizationFormat::Int8 => None,
+        QuantizationFormat::None | QuantizationFormat::Int8 | QuantizationFormat::Mlx => None,
     };
     // The run writes its own checkpoints.
     config.checkpoint.save = false;

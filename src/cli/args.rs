@@ -233,9 +233,12 @@ pub struct JobOverrides {
     /// Quantize linear layers while loading
     #[arg(long, value_enum, value_name = "FORMAT")]
     pub quantize: Option<QuantizationFormat>,
-    /// Quantize the statistics too (4-bit formats)
+    /// Quantize the statistics too (nf4, fp4)
     #[arg(long)]
     pub double: bool,
+    /// Bits of a code (mlx): 2, 3, 4, 5, 6 or 8
+    #[arg(long, value_name = "N")]
+    pub bits: Option<u8>,
     /// Type of what is not quantized: auto, float32, float16, bfloat16
     #[arg(long, value_name = "DTYPE")]
     pub dtype: Option<String>,
@@ -303,6 +306,7 @@ impl JobOverrides {
         over(self.model, &mut config.model.source);
         over(self.job_name, &mut config.job.name);
         over(self.strategy, &mut config.load.strategy);
+        over(self.bits, &mut config.quantization.bits);
         over(self.dtype, &mut config.load.dtype);
         over(self.reader_threads, &mut config.load.reader_threads);
         over(self.memory_per_rank_mib.map(|mebibytes| mebibytes << 20), &mut config.load.memory_per_rank_bytes);

@@ -7,6 +7,8 @@ use super::report::{Meters, timed};
 use super::source::Files;
 use crate::format::Encoding as SourceEncoding;
 use crate::plan::{Encoding, Input, SourceSpan, TensorPlan};
+use crate::quant::affine::MlxRule;
+use crate::quant::pack::pack_bit_stream;
 use crate::quant::{FourBit, Kernels, QuantError, Source};
 use crate::types::{DType, as_u64, as_usize};
 
@@ -23,7 +25,7 @@ pub(super) struct Encoder<'a> {
 pub(super) struct Encoded {
     /// Bytes of the weight component.
     pub(super) weight: Vec<u8>,
-    /// The f32 statistics of its blocks or rows.
+    /// The f32 statistics of its blocks, groups or rows.
     pub(super) statistics: Vec<f32>,
 }
 
@@ -84,7 +86,26 @@ impl Encoder<'_> {
                 out.statistics.resize(values / columns.max(1), 0.0);
                 self.kernels.quantize_int8_rows(source, columns, &mut out.weight, &mut out.statistics)
             }
+            Encoding::Mlx { rule, .. } => self.quantize_mlx(rule, (source, values), out),
         }
+    }
+
+    /// Statistics are scale and bias of each group in turn.
+    fn quantize_mlx(
+        &self,
+        rule: MlxRule,
+        (source, count): (Source<'_>, usize),
+        out: &mut Encoded,
+    ) -> Result<u64, QuantError> {
+        let mut values = vec![0.0_f32; count];
+        self.kernels.convert(source, DType::F32, bytemuck::cast_slice_mut(&mut values))?;
+        let mut codes = vec![0; count];
+        let (mut scales, mut biases) = (vec![0.0; count / rule.group()], vec![0.0; count / rule.group()]);
+        rule.quantize(&values, &mut codes, &mut scales, &mut biases)?;
+        pack_bit_stream(rule.bits(), &codes, &mut out.weight)?;
+        out.statistics.clear();
+        out.statistics.extend(scales.into_iter().zip(biases).flat_map(<[f32; 2]>::from));
+        Ok(as_u64(values.iter().filter(|value| !value.is_finite()).count()))
     }
 
     /// Fills `scratch` with the span's elements and says their type; `blocks` is scratch for encoded files.

@@ -2,8 +2,8 @@
 
 use super::LoadError;
 use crate::plan::{Encoding, Part, TensorPlan};
-use crate::quant::{DynamicMap, Kernels, absmax_offset};
-use crate::types::as_usize;
+use crate::quant::{DynamicMap, Kernels, Source, absmax_offset};
+use crate::types::{DType, as_usize};
 
 /// The bytes of all components but the weight, in the components' order.
 pub(super) fn finish(
@@ -33,9 +33,24 @@ pub(super) fn finish(
         }
         Encoding::FourBit { .. } => Ok(vec![(1, bytes(statistics))]),
         Encoding::Int8 => Ok(vec![(1, bytes(statistics))]),
+        Encoding::Mlx { dtype, .. } => {
+            let of = |place: usize| -> Result<Vec<u8>, LoadError> {
+                let values: Vec<u8> = bytes_of(statistics.iter().skip(place).step_by(2));
+                let mut out = vec![0; statistics.len() / 2 * as_usize(dtype.size_bytes())];
+                Source::new(DType::F32, &values)
+                    .and_then(|values| kernels.convert(values, dtype, &mut out))
+                    .map_err(|source| LoadError::Encode { fqn: tensor.fqn.clone(), source })?;
+                Ok(out)
+            };
+            Ok(vec![(1, of(0)?), (2, of(1)?)])
+        }
     }
 }
 
 fn bytes(values: &[f32]) -> Vec<u8> {
-    values.iter().flat_map(|value| value.to_le_bytes()).collect()
+    bytes_of(values.iter())
+}
+
+fn bytes_of<'a>(values: impl Iterator<Item = &'a f32>) -> Vec<u8> {
+    values.flat_map(|value| value.to_le_bytes()).collect()
 }

@@ -14,6 +14,7 @@ use crate::model::Skeleton;
 use crate::plan::{
     Chunking, DTypeRule, DeviceRule, LoadPlan, LoadRequest, Part, Placement, QuantizationRule, Strategy, plan,
 };
+use crate::quant::affine::{CodeBits, MlxRule};
 use crate::quant::{BlockSize, FourBitCode, Kernels};
 use crate::state::StateDict;
 use crate::store::{LocalStore, Store, read_small};
@@ -32,6 +33,10 @@ struct Case {
 
 fn nf4(nested: bool) -> QuantizationRule {
     QuantizationRule::FourBit { code: FourBitCode::Nf4, block: BlockSize::B64, nested, skip: Vec::new() }
+}
+
+fn mlx(bits: CodeBits) -> QuantizationRule {
+    QuantizationRule::Mlx { rule: MlxRule::new(bits, 32).expect("known"), skip: Vec::new() }
 }
 
 fn make_plan(case: &Case) -> LoadPlan {
@@ -103,7 +108,8 @@ fn digests(plan: &LoadPlan, states: &[StateDict]) -> BTreeMap<String, TensorDige
 /// storage once when it is sent.
 #[test]
 fn ld_3_every_way_of_loading_gives_the_same_bytes() {
-    let formats = [QuantizationRule::None, nf4(false), nf4(true), QuantizationRule::Int8 { skip: Vec::new() }];
+    let int8 = QuantizationRule::Int8 { skip: Vec::new() };
+    let formats = [QuantizationRule::None, nf4(false), nf4(true), int8, mlx(CodeBits::B4), mlx(CodeBits::B3)];
     for quantization in formats {
         let case = |world, strategy, placement, chunk_bytes| Case {
             world,

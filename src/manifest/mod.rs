@@ -184,15 +184,19 @@ pub struct ReceiptChunk {
     pub chunk: SavedChunk,
 }
 
-/// The name of a component in a shard file, as bitsandbytes names it.
+/// The name of a component in a shard file, as bitsandbytes or MLX names it.
 #[must_use]
 pub fn part_name(fqn: &Fqn, encoding: &Encoding, part: Part) -> String {
     let name = fqn.as_str();
     match (encoding, part) {
         (_, Part::Weight) => name.to_owned(),
         (Encoding::Int8, _) => format!("{}.SCB", name.strip_suffix(".weight").unwrap_or(name)),
+        (Encoding::Mlx { .. }, part) => {
+            let end = if part == Part::Scales { "scales" } else { "biases" };
+            format!("{}.{end}", name.strip_suffix(".weight").unwrap_or(name))
+        }
         (_, Part::Absmax) => format!("{name}.absmax"),
         (_, Part::NestedAbsmax) => format!("{name}.nested_absmax"),
-        (_, Part::NestedOffset | Part::RowAbsmax) => format!("{name}.nested_offset"),
+        (_, Part::NestedOffset | Part::RowAbsmax | Part::Scales | Part::Biases) => format!("{name}.nested_offset"),
     }
 }

@@ -81,12 +81,17 @@ mod tests {
 
     use super::super::{Encoding, Input, Part};
     use super::*;
+    use crate::quant::affine::{CodeBits, MlxRule};
     use crate::quant::{BlockSize, FourBitCode};
     use crate::types::{DType, Shape};
 
     fn tensor(shape: Shape, encoding: Encoding) -> TensorPlan {
         let input = Input::Stored { parts: Vec::new(), nested_offset: None };
         TensorPlan { fqn: "w".into(), shape, encoding, sharded: true, owner: None, reader: Rank(0), input }
+    }
+
+    fn mlx(bits: CodeBits) -> Encoding {
+        Encoding::Mlx { rule: MlxRule::new(bits, 32).expect("known"), dtype: DType::BF16 }
     }
 
     fn encodings() -> impl Strategy<Value = Encoding> {
@@ -97,6 +102,8 @@ mod tests {
         prop_oneof![
             Just(Encoding::Plain { dtype: DType::BF16 }),
             Just(Encoding::Int8),
+            Just(mlx(CodeBits::B4)),
+            Just(mlx(CodeBits::B3)),
             Just(four_bit(false)),
             Just(four_bit(true)),
         ]
@@ -110,6 +117,8 @@ mod tests {
             rows in 1_u64..400, row in 1_u64..700, world in 1_u32..17, encoding in encodings(),
         ) {
             let world = WorldSize::new(world).expect("not zero");
+            // Rows of MLX are whole groups.
+            let row = if matches!(encoding, Encoding::Mlx { .. }) { row.next_multiple_of(32) } else { row };
             let tensor = tensor([rows, row].into(), encoding);
             for (index, component) in tensor.components().into_iter().enumerate() {
                 if component.part == Part::NestedOffset {

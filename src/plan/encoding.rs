@@ -4,8 +4,9 @@
 
 use serde::{Deserialize, Serialize};
 
+use crate::quant::affine::MlxRule;
 use crate::quant::{BlockSize, FourBitCode};
-use crate::types::{ByteRange, DType, Shape, ShapeOverflow};
+use crate::types::{ByteRange, DType, Shape, ShapeOverflow, as_u64};
 
 /// Blocks that share one entry of nested statistics (bitsandbytes' `nested_blocksize`).
 pub const NESTED_BLOCK: u64 = 256;
@@ -32,6 +33,13 @@ pub enum Encoding {
     },
     /// LLM.int8: a signed byte per element and a scale per row.
     Int8,
+    /// MLX's affine codes, with a scale and a bias for each group of a row; rows are whole groups.
+    Mlx {
+        /// Bits and group size.
+        rule: MlxRule,
+        /// The type of scales and biases, which the tensor stands for.
+        dtype: DType,
+    },
 }
 
 /// The role of one array of bytes in an encoding.
@@ -48,6 +56,10 @@ pub enum Part {
     NestedOffset,
     /// f32 absmax per row (`Int8`).
     RowAbsmax,
+    /// A scale per group (`Mlx`).
+    Scales,
+    /// A bias per group (`Mlx`).
+    Biases,
 }
 
 /// One array of bytes of an encoded tensor, whole.
@@ -90,6 +102,16 @@ impl Encoding {
                 component(Part::Weight, DType::I8, shape.clone())?,
                 component(Part::RowAbsmax, DType::F32, [shape.rows()].into())?,
             ]),
+            Self::Mlx { rule, dtype } => {
+                let rows = shape.rows();
+                let row = if rows == 0 { 0 } else { elements / rows };
+                let (words, groups) = (packed_bytes(rule, row) / 4, row / as_u64(rule.group()));
+                Ok(vec![
+                    component(Part::Weight, DType::U32, [rows, words].into())?,
+                    component(Part::Scales, dtype, [rows, groups].into())?,
+                    component(Part::Biases, dtype, [rows, groups].into())?,
+                ])
+            }
         }
     }
 
@@ -97,7 +119,7 @@ impl Encoding {
     #[must_use]
     pub fn row_granule(&self, row_elements: u64) -> u64 {
         match *self {
-            Self::Plain { .. } | Self::Int8 => 1,
+            Self::Plain { .. } | Self::Int8 | Self::Mlx { .. } => 1,
             Self::FourBit { block, .. } => {
                 let block = u64::from(block.get());
                 block / greatest_common_divisor(block, row_elements.max(1))
@@ -121,6 +143,11 @@ impl Encoding {
             (Self::Int8, _) => {
                 let row = row_elements.max(1);
                 (start / row * 4, end.div_ceil(row) * 4)
+            }
+            (Self::Mlx { rule, .. }, Part::Weight) => (packed_bytes(rule, start), packed_bytes(rule, end)),
+            (Self::Mlx { rule, dtype }, _) => {
+                let (group, size) = (as_u64(rule.group()), dtype.size_bytes());
+                (start / group * size, end.div_ceil(group) * size)
             }
             (Self::FourBit { .. }, Part::Weight) => (start / 2, end.div_ceil(2)),
             (Self::FourBit { .. }, Part::NestedOffset) => (0, 4),
@@ -156,8 +183,14 @@ impl Encoding {
             Self::Plain { dtype } => dtype.torch_name().to_owned(),
             Self::FourBit { code, nested, .. } => format!("{}{}", code.name(), if *nested { "-double" } else { "" }),
             Self::Int8 => "int8".to_owned(),
+            Self::Mlx { rule, .. } => format!("mlx-{}bit", rule.bits().get()),
         }
     }
+}
+
+/// The bytes of the bit stream of `elements` codes, which are whole groups.
+fn packed_bytes(rule: MlxRule, elements: u64) -> u64 {
+    elements / 8 * u64::from(rule.bits().get())
 }
 
 /// Which bytes of a cut component are meant.
@@ -179,6 +212,7 @@ fn greatest_common_divisor(mut a: u64, mut b: u64) -> u64 {
 #[cfg(test)]
 mod tests {
     use super::*;
+    use crate::quant::affine::CodeBits;
 
     fn nf4(nested: bool) -> Encoding {
         Encoding::FourBit {
@@ -200,6 +234,11 @@ mod tests {
         assert_eq!(sizes(nf4(true)), [32_768, 1_024, 16, 4]);
         assert_eq!(sizes(Encoding::Int8), [65_536, 256]);
         assert_eq!(sizes(Encoding::Plain { dtype: DType::BF16 }), [131_072]);
+        // 64 rows of 1024: 4 bits of each, and 16 groups of a row with a scale and a bias of 2 bytes.
+        let rule = MlxRule::new(CodeBits::B4, 64).expect("known");
+        assert_eq!(sizes(Encoding::Mlx { rule, dtype: DType::BF16 }), [32_768, 2_048, 2_048]);
+        let rule = MlxRule::new(CodeBits::B3, 128).expect("known");
+        assert_eq!(sizes(Encoding::Mlx { rule, dtype: DType::F32 }), [24_576, 2_048, 2_048]);
     }
 
     #[test]

@@ -61,6 +61,7 @@ impl TensorPlan {
         let granule = match self.encoding {
             _ if whole_rows => self.row_elements().max(1),
             Encoding::FourBit { block, .. } => u64::from(block.get()),
+            Encoding::Mlx { rule, .. } => crate::types::as_u64(rule.group()),
             Encoding::Plain { .. } | Encoding::Int8 => 1,
         };
         // Rows of blocks must also be whole blocks; the row granule says how many rows that takes.
@@ -115,5 +116,7 @@ fn statistics_bytes(tensor: &TensorPlan) -> u64 {
         Encoding::Plain { .. } => 0,
         Encoding::FourBit { block, .. } => tensor.elements().div_ceil(u64::from(block.get())) * 5,
         Encoding::Int8 => tensor.shape.rows() * 4,
+        // A scale and a bias as computed, and once more as written.
+        Encoding::Mlx { rule, .. } => tensor.elements() / crate::types::as_u64(rule.group()) * 16,
     }
 }

@@ -4,8 +4,9 @@ use serde::{Deserialize, Serialize};
 
 use super::Encoding;
 use crate::model::Role;
+use crate::quant::affine::MlxRule;
 use crate::quant::{BlockSize, FourBitCode};
-use crate::types::{DType, Fqn, Shape};
+use crate::types::{DType, Fqn, Shape, as_u64};
 
 /// The element type of tensors that are not quantized.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
@@ -51,6 +52,13 @@ pub enum QuantizationRule {
         /// As above.
         skip: Vec<String>,
     },
+    /// MLX's affine codes for linear layers whose rows are whole groups.
+    Mlx {
+        /// Bits and group size.
+        rule: MlxRule,
+        /// As above.
+        skip: Vec<String>,
+    },
 }
 
 impl QuantizationRule {
@@ -70,7 +78,14 @@ impl QuantizationRule {
                 Encoding::FourBit { code: *code, block: *block, nested: *nested, dtype: kept }
             }
             Self::Int8 { skip } if eligible(skip) => Encoding::Int8,
+            Self::Mlx { rule, skip } if eligible(skip) && row_is_whole(shape, *rule) => {
+                Encoding::Mlx { rule: *rule, dtype: kept }
+            }
             _ => Encoding::Plain { dtype: kept },
         }
     }
+}
+
+fn row_is_whole(shape: &Shape, rule: MlxRule) -> bool {
+    shape.0.last().is_some_and(|columns| *columns > 0 && columns.is_multiple_of(as_u64(rule.group())))
 }

@@ -12,7 +12,9 @@ use rayon::prelude::*;
 
 use crate::nn::FrozenWeight;
 use crate::plan::{Encoding, LoadPlan, Part};
-use crate::quant::{DynamicMap, FourBit, Kernels, NestedStatistics, Source};
+use crate::quant::affine::{AffineGroups, GroupAxis, Offset};
+use crate::quant::pack::{bit_stream_bytes, unpack_bit_stream};
+use crate::quant::{DynamicMap, FourBit, Kernels, NestedStatistics, QuantError, Source};
 use crate::state::StateDict;
 use crate::types::{DType, Fqn, TensorDigest, as_usize};
 
@@ -231,6 +233,20 @@ impl<'a> Base<'a> {
                     kernels.dequantize_4bit(format, packed, absmax.get(blocks).unwrap_or_default(), out)
                 })
             }
+            Encoding::Mlx { rule, dtype } => {
+                let scales = self.widened(dtype, part(1)).map_err(failed)?;
+                let biases = self.widened(dtype, part(2)).map_err(failed)?;
+                let groups = AffineGroups::new(GroupAxis::Runs, rule.group(), &scales, Offset::Bias(&biases));
+                groups.and_then(|groups| {
+                    chunks.try_for_each_init(Vec::new, |codes, (index, out)| {
+                        let start = index * CHUNK_ELEMENTS;
+                        codes.resize(out.len(), 0);
+                        let bytes = bit_stream_bytes(rule.bits(), start)?..bit_stream_bytes(rule.bits(), start + out.len())?;
+                        unpack_bit_stream(rule.bits(), part(0).get(bytes).unwrap_or_default(), codes)?;
+                        groups.dequantize(start, codes, out)
+                    })
+                })
+            }
             Encoding::Int8 => {
                 let columns = as_usize(planned.row_elements());
                 let scales: Vec<f32> = bytemuck::pod_collect_to_vec(part(1));
@@ -238,6 +254,12 @@ impl<'a> Base<'a> {
             }
         }
         .map_err(failed)?;
+        Ok(values)
+    }
+
+    fn widened(&self, dtype: DType, bytes: &[u8]) -> Result<Vec<f32>, QuantError> {
+        let mut values = vec![0.0_f32; bytes.len() / as_usize(dtype.size_bytes()).max(1)];
+        self.kernels.convert(Source::new(dtype, bytes)?, DType::F32, bytemuck::cast_slice_mut(&mut values))?;
         Ok(values)
     }
 }

@@ -1,5 +1,5 @@
 #!/usr/bin/env bash
-# Reads our checkpoints with other people's tools: torch.distributed.checkpoint, safetensors, bitsandbytes; and holds what a
+# Reads our checkpoints with other people's tools: torch.distributed.checkpoint, safetensors, bitsandbytes, MLX; and holds what a
 # model and its adapter compute against transformers and PEFT.
 #
 #   tests/interop/run.sh            WEIGHTCAST=<binary> to test another one than target/{release,debug}/weightcast
@@ -86,6 +86,13 @@ timeout 1500 "$python" "$here/dcp.py" --binary "$work/weightcast" --model "$repo
   --work "$work/dcp" || failed=1
 timeout 600 "$python" "$here/bnb.py" --binary "$work/weightcast" --model "$repository/tests/data/tiny-llama" \
   --golden "$repository/tests/data/golden" --work "$work/bnb" || failed=1
+# MLX's CPU library, for the format alone.
+if [ ! -e "$environment/installed-mlx-0.32.4" ]; then
+  timeout 600 "$environment/bin/pip" install --quiet --disable-pip-version-check --no-deps mlx==0.32.4 mlx-cpu==0.32.4
+  touch "$environment/installed-mlx-0.32.4"
+fi
+timeout 300 "$python" "$here/mlx_affine.py" --binary "$work/weightcast" --model "$repository/tests/data/tiny-llama" \
+  --work "$work/mlx" || failed=1
 # transformers shows bars where nobody looks.
 export TQDM_DISABLE=1 HF_HUB_OFFLINE=1
 install_training

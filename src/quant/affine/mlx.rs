@@ -11,6 +11,8 @@
 //! Dequantized `q * scale + bias` in two roundings of f32 ([`AffineGroups`](super::AffineGroups)), which equals mlx on f32
 //! weights. On bf16 and f16 mlx rounds the product and the sum to that type; f32 is the more exact.
 
+use serde::{Deserialize, Serialize};
+
 use super::CodeBits;
 use crate::quant::QuantError;
 use crate::quant::error::expect_len;
@@ -20,10 +22,25 @@ use crate::quant::kernels::round_to_code;
 const LEAST_SCALE: f32 = 1e-7;
 
 /// A format that `mx.quantize` has.
-#[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Hash, Serialize, Deserialize)]
+#[serde(try_from = "Raw")]
 pub struct MlxRule {
     bits: CodeBits,
     group: usize,
+}
+
+#[derive(Deserialize)]
+struct Raw {
+    bits: CodeBits,
+    group: usize,
+}
+
+impl TryFrom<Raw> for MlxRule {
+    type Error = QuantError;
+
+    fn try_from(raw: Raw) -> Result<Self, QuantError> {
+        Self::new(raw.bits, raw.group)
+    }
 }
 
 impl MlxRule {
