@@ -104,7 +104,7 @@ impl Encoding {
             ]),
             Self::Mlx { rule, dtype } => {
                 let rows = shape.rows();
-                let row = if rows == 0 { 0 } else { elements / rows };
+                let row = elements.checked_div(rows).unwrap_or(0);
                 let (words, groups) = (packed_bytes(rule, row) / 4, row / as_u64(rule.group()));
                 Ok(vec![
                     component(Part::Weight, DType::U32, [rows, words].into())?,

@@ -241,7 +241,8 @@ impl<'a> Base<'a> {
                     chunks.try_for_each_init(Vec::new, |codes, (index, out)| {
                         let start = index * CHUNK_ELEMENTS;
                         codes.resize(out.len(), 0);
-                        let bytes = bit_stream_bytes(rule.bits(), start)?..bit_stream_bytes(rule.bits(), start + out.len())?;
+                        let bytes =
+                            bit_stream_bytes(rule.bits(), start)?..bit_stream_bytes(rule.bits(), start + out.len())?;
                         unpack_bit_stream(rule.bits(), part(0).get(bytes).unwrap_or_default(), codes)?;
                         groups.dequantize(start, codes, out)
                     })
