@@ -144,6 +144,33 @@ fn losses_agree_for_any_number_of_ranks_and_any_placement() {
     }
 }
 
+/// MLX's groups as a base: 8 bits are nearly the weights themselves, 4 bits and 3 are further away, and the number of ranks
+/// changes nothing.
+#[test]
+fn a_base_of_mlx_groups_trains_like_the_weights() {
+    let place = Place::new();
+    let run = Run { steps: 6, ..SMALL };
+    let learn = |name: &str, ranks: u32, before: &str, method: &str| {
+        let job = run.write(&place, name);
+        let text = std::fs::read_to_string(&job).expect("a job file");
+        std::fs::write(&job, text.replace("[train]", &format!("{before}\n[train]\ntype = \"{method}\"")))
+            .expect("a job file");
+        finish(&place, ranks, &job);
+        losses(&place, name)
+    };
+    let plain = learn("plain", 1, "", "lora");
+    let mlx = |bits: u32, ranks: u32| {
+        let quantization = format!("[quantization]\nformat = \"mlx\"\nbits = {bits}\nblock = 32");
+        learn(&format!("mlx-{bits}-{ranks}"), ranks, &quantization, "qlora")
+    };
+    let distance = |losses: &[(u64, f64)]| (losses[0].1 - plain[0].1).abs() / plain[0].1;
+    let (eight, four, three) = (mlx(8, 1), mlx(4, 1), mlx(3, 1));
+    assert!(distance(&eight) < 1e-3, "{eight:?} {plain:?}");
+    assert!(distance(&four) > 0.0 && distance(&four) < 0.05, "{four:?} {plain:?}");
+    assert!(distance(&three) < 0.2 && three[0].1 != four[0].1, "{three:?} {plain:?}");
+    expect_close(&mlx(4, 3), &four, "4 bits on 3 ranks");
+}
+
 /// Kills a run at `kills` random moments and starts it again on the next number of `ranks`, until it is done.
 fn killed_run(place: &Place, directory: &str, (run, seed): (&Run, u64), (kills, ranks): (u32, &[u32])) {
     let job = run.write(place, directory);

@@ -46,7 +46,14 @@ pub(super) fn run(flags: LaunchFlags) -> u8 {
         .command
         .first()
         .map(std::path::PathBuf::from)
-        .filter(|path| path.extension().is_some_and(|extension| extension == "toml") && launch.command.len() == 1);
+        .filter(|path| path.extension().is_some_and(|extension| extension == "toml"));
+    if let (Some(file), Some(more)) = (&file, launch.command.get(1)) {
+        let file = file.display();
+        say(&format!(
+            "error: {file} is a job file: flags go before it, and it takes no arguments; found {more:?} after it"
+        ));
+        return super::EXIT_USAGE;
+    }
     if file.is_none() && !job.names_a_job() {
         return run_program(&launch);
     }

@@ -1,7 +1,13 @@
-//! The job's token: whoever has it may join and command the job. It lives in a file that is read again at each call, so
-//! that it can be rotated while a job runs.
+//! The job's token: whoever has it may join and command the job. It lives in a file that is read again now and then, so that
+//! it can be rotated while a job runs.
+//!
+//! No call waits for the file once it was read: a disk that stalls must not cost a rank its lease. What was read is used for
+//! [`REFRESH`], then read again aside. A coordinator that meets a token it does not know reads the file at once, and takes the
+//! one before for as long as others may still send it; so a rotation refuses nobody.
 
 use std::path::{Path, PathBuf};
+use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
+use std::time::{Duration, Instant};
 
 use tonic::metadata::{Ascii, MetadataValue};
 use tonic::{Request, Status};
@@ -11,10 +17,28 @@ use crate::store::{LocalStore, Store, StoreError, read_small};
 /// A token is at most this long.
 const MAX_TOKEN_BYTES: u64 = 4096;
 
-/// Where the token is.
-#[derive(Clone, Debug)]
+/// How long a token is used before its file is read again.
+const REFRESH: Duration = Duration::from_secs(5);
+
+/// Where the token is, and what it was.
+#[derive(Clone)]
 pub struct Token {
     path: PathBuf,
+    known: Arc<Mutex<Option<Known>>>,
+}
+
+struct Known {
+    text: String,
+    read: Instant,
+    /// The token before, until when it is good.
+    previous: Option<(String, Instant)>,
+}
+
+impl std::fmt::Debug for Token {
+    /// Without the secret.
+    fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
+        write!(f, "Token({})", self.path.display())
+    }
 }
 
 /// The token cannot be read.
@@ -45,7 +69,7 @@ impl Token {
     /// The token in the file at `path`.
     #[must_use]
     pub fn at(path: impl Into<PathBuf>) -> Self {
-        Self { path: path.into() }
+        Self { path: path.into(), known: Arc::default() }
     }
 
     /// Makes a new token in a new file that only this user can read.
@@ -60,7 +84,7 @@ impl Token {
         let draft = format!(".token.{:x}", crate::clock::unix_ns());
         crate::store::write_small(&store, &draft, text.as_bytes())?;
         store.publish(&draft, "token")?;
-        Ok(Self { path: directory.join("token") })
+        Ok(Self::at(directory.join("token")))
     }
 
     /// The file.
@@ -82,30 +106,113 @@ impl Token {
         if text.is_empty() || !text.bytes().all(|byte| byte.is_ascii_graphic()) { Err(malformed()) } else { Ok(text) }
     }
 
+    fn known(&self) -> MutexGuard<'_, Option<Known>> {
+        self.known.lock().unwrap_or_else(PoisonError::into_inner)
+    }
+
+    /// Reads the file now, and remembers what was there before.
+    fn refresh(&self) -> Result<String, TokenError> {
+        let text = self.read()?;
+        let now = crate::clock::now();
+        let mut known = self.known();
+        let previous = match known.take() {
+            Some(old) if old.text != text => Some((old.text, now + 2 * REFRESH)),
+            Some(old) => old.previous,
+            None => None,
+        };
+        *known = Some(Known { text: text.clone(), read: now, previous });
+        Ok(text)
+    }
+
+    /// The token as it was read last; from the file only the first time.
+    fn current(&self) -> Result<String, TokenError> {
+        let text = {
+            let mut known = self.known();
+            match known.as_mut() {
+                None => None,
+                Some(last) if last.read.elapsed() < REFRESH => Some((last.text.clone(), false)),
+                Some(last) => {
+                    // Whoever comes next finds it read already.
+                    last.read = crate::clock::now();
+                    Some((last.text.clone(), true))
+                }
+            }
+        };
+        let Some((text, is_old)) = text else { return self.refresh() };
+        if is_old {
+            let token = self.clone();
+            // A file that cannot be read now is read later; until then the token stands.
+            let again = move || drop(token.refresh().inspect_err(|error| tracing::warn!(%error, "reading it again")));
+            match tokio::runtime::Handle::try_current() {
+                Ok(runtime) => drop(runtime.spawn_blocking(again)),
+                Err(_) => again(),
+            }
+        }
+        Ok(text)
+    }
+
     /// The header that a client sends.
     ///
     /// # Errors
     /// [`TokenError`].
     pub fn header(&self) -> Result<MetadataValue<Ascii>, TokenError> {
-        let text = format!("Bearer {}", self.read()?);
+        let text = format!("Bearer {}", self.current()?);
         text.parse().map_err(|_| TokenError::Malformed { path: self.path.display().to_string() })
+    }
+
+    /// Whether a header has the token, or the one before while that is good.
+    fn accepts(&self, found: &[u8]) -> Result<bool, TokenError> {
+        let is = |text: &str| same(found, format!("Bearer {text}").as_bytes());
+        if is(&self.current()?) || is(&self.refresh()?) {
+            return Ok(true);
+        }
+        let known = self.known();
+        let previous = known.as_ref().and_then(|known| known.previous.as_ref());
+        Ok(previous.is_some_and(|(text, until)| is(text) && crate::clock::now() < *until))
     }
 
     /// Lets a request pass that has the token.
     pub(super) fn check<T>(&self, request: Request<T>) -> Result<Request<T>, Status> {
-        let expected = self.header().map_err(|error| {
+        let Some(found) = request.metadata().get("authorization") else {
+            return Err(Status::unauthenticated("no job token: expected authorization metadata"));
+        };
+        let accepted = self.accepts(found.as_bytes()).map_err(|error| {
             tracing::error!(%error, "the job's token cannot be read");
             Status::unavailable("the job's token cannot be read by the coordinator")
         })?;
-        match request.metadata().get("authorization") {
-            None => Err(Status::unauthenticated("no job token: expected authorization metadata")),
-            Some(found) if same(found.as_bytes(), expected.as_bytes()) => Ok(request),
-            Some(_) => Err(Status::permission_denied("wrong job token")),
-        }
+        if accepted { Ok(request) } else { Err(Status::permission_denied("wrong job token")) }
     }
 }
 
 /// Compares in a time that does not depend on where the first difference is.
 fn same(found: &[u8], expected: &[u8]) -> bool {
     found.len() == expected.len() && found.iter().zip(expected).fold(0, |all, (a, b)| all | (a ^ b)) == 0
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    /// A new token is accepted at once, the one before for a while, another never.
+    #[test]
+    fn a_rotation_refuses_nobody() {
+        let directory = tempfile::tempdir().expect("a directory");
+        let path = directory.path().join("token");
+        let store = LocalStore::new(directory.path());
+        let write = |text: &str| {
+            store.remove("token")?;
+            crate::store::write_small(&store, "token", text.as_bytes())
+        };
+        write("first").expect("written");
+        let token = Token::at(&path);
+        let accepts = |text: &str| token.accepts(format!("Bearer {text}").as_bytes()).expect("readable");
+        assert!(accepts("first") && !accepts("second"));
+        write("second").expect("written");
+        // A client that has read it goes on with the old one.
+        assert_eq!(token.header().expect("a header"), "Bearer first");
+        assert!(accepts("second") && accepts("first") && !accepts("third"));
+        assert_eq!(token.header().expect("a header"), "Bearer second");
+        write("third").expect("written");
+        assert!(accepts("third") && accepts("second") && !accepts("first"));
+    }
 }

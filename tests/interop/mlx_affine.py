@@ -9,6 +9,7 @@ it was. One line per case, then `N passed, N failed`.
 """
 
 import argparse
+import json
 import pathlib
 import shutil
 import sys
@@ -20,7 +21,11 @@ import shards
 
 # (bits, group size, ranks)
 CASES = [(bits, group, ranks) for bits in (2, 3, 4, 5, 6, 8) for group in (32, 64) for ranks in ((1, 3) if group == 64 else (3,))]
-JOB = 'quantization = {{ format = "mlx", bits = {bits}, block = {group} }}\n'
+JOB = """
+model.source = {model}
+checkpoint = {{ directory = {root}, save = true }}
+quantization = {{ format = "mlx", bits = {bits}, block = {group} }}
+"""
 
 
 def raw(array):
@@ -62,8 +67,9 @@ def main():
     for bits, group, ranks in CASES:
         root = arguments.work / f"{bits}-{group}-{ranks}"
         job = root.with_suffix(".toml")
-        job.write_text(JOB.format(bits=bits, group=group))
-        shards.launch(arguments.binary, ["--nproc-per-node", ranks, "--model", arguments.model, "--checkpoint-dir", root, "--save", job])
+        quoted = {"model": json.dumps(str(arguments.model.resolve())), "root": json.dumps(str(root.resolve()))}
+        job.write_text(JOB.format(bits=bits, group=group, **quoted))
+        shards.launch(arguments.binary, ["--nproc-per-node", ranks, job])
         count, wrong = compare(shards.assemble(shards.newest_step(root)), weights, bits, group)
         if count == 0:
             wrong = "nothing is quantized"

@@ -101,7 +101,7 @@ def logical_digests(tensors):
 
 def launch(binary, arguments, seconds=120):
     """Runs the main job; its JSON result."""
-    command = [binary, "launch", *map(str, arguments), "--json"]
+    command = [binary, "launch", "--json", *map(str, arguments)]
     done = subprocess.run(command, capture_output=True, text=True, timeout=seconds)
     if done.returncode != 0:
         raise RuntimeError(f"{' '.join(command)}: exit {done.returncode}: {done.stderr.strip()[-2000:]}")
