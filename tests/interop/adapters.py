@@ -158,8 +158,8 @@ def export_case(binary, base, targets, options, work):
     config = json.loads((adapter / "adapter_config.json").read_text())
     moments = {f"optimizer.exp_avg.{name}": torch.ones_like(tensor) for name, tensor in tensors.items()}
     training = {
-        "recipe": {}, "adapter": config, "base_model": str(base), "base_digest": "", "samples": 8, "tokens": 128,
-        "best": {"step": 3, "loss": 0}, "evaluations_since_best": 1, "last_evaluation": 5,
+        "recipe": {}, "adapter": config, "base_model": str(base), "base_digest": "", "data_digest": "", "samples": 8,
+        "tokens": 128, "best": {"step": 3, "loss": 0}, "evaluations_since_best": 1, "last_evaluation": 5,
     }
     write_checkpoint(root, 3, tensors | moments, training)
     write_checkpoint(root, 5, {name: tensor + 1 for name, tensor in tensors.items()} | moments, training)
