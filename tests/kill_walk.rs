@@ -140,8 +140,12 @@ struct Figures {
     slowest: Duration,
 }
 
+/// One walk at a time: each has all processors busy, and ranks that get none lose their leases.
+static WALKING: Mutex<()> = Mutex::new(());
+
 /// Walks the faults with as many trials at once as there are processors.
 fn walk(faults: &[Fault], trial: impl Fn(&Fault) -> (Option<Duration>, Step) + Sync) -> Figures {
+    let _alone = WALKING.lock().unwrap_or_else(PoisonError::into_inner);
     let (next, figures) = (AtomicUsize::new(0), Mutex::new(Figures::default()));
     let threads = std::thread::available_parallelism().map_or(1, std::num::NonZero::get).min(4);
     std::thread::scope(|scope| {
