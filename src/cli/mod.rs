@@ -6,6 +6,7 @@ mod adapter;
 mod args;
 mod bench;
 mod checkpoint;
+mod convert;
 mod coordinator;
 mod demo;
 mod devices;
