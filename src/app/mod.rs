@@ -22,6 +22,7 @@ mod model_expand;
 mod model_export;
 mod new_model;
 mod prepare;
+mod quality;
 mod run_tensors;
 mod running;
 mod source;
@@ -48,6 +49,9 @@ pub use model_expand::{ExpandError, ExpandedModel, expand_model};
 pub use model_export::{ExportedModel, ModelExportError, TrainedRun, export_model};
 pub use new_model::{NewModelError, new_model, new_preset};
 pub use prepare::{PrepareError, Prepared, prepare, prepare_with};
+pub use quality::{
+    QualityError, QualityFormat, QualityRequest, QualityRow, QualityText, UnknownFormat, measure_quality,
+};
 pub use run_tensors::{RunTensorsError, StepChoice};
 pub use running::{RunFile, RunFileError};
 pub use source::{ModelSource, SourceError, open_model};

@@ -17,6 +17,7 @@ mod model;
 mod output;
 mod plan;
 mod progress;
+mod quality;
 mod quantize;
 mod worker;
 

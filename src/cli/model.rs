@@ -46,6 +46,8 @@ pub enum ModelCommand {
     },
     /// Write a model in another format, or make a model directory of nanoGPT's ckpt.pt
     Convert(Box<super::convert::ConvertFlags>),
+    /// What each format costs a model: bytes, errors of its weights, perplexity on a text
+    Quality(Box<super::quality::QualityFlags>),
     /// Write the weights that a run of type full has trained as a model
     Export {
         /// The checkpoint directory of a training run
@@ -127,6 +129,7 @@ pub(super) fn run(command: &ModelCommand) -> u8 {
             show_new(made, directory)
         }
         ModelCommand::Convert(flags) => super::convert::run(flags),
+        ModelCommand::Quality(flags) => super::quality::run(flags),
         ModelCommand::Export { checkpoint, step, output, dtype, json } => {
             export(checkpoint, step.unwrap_or(StepChoice::Newest), (output, *dtype), *json)
         }

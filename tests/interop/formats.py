@@ -15,6 +15,7 @@ One line per case, then `N passed, N failed`.
 import argparse
 import hashlib
 import json
+import logging
 import pathlib
 import random
 import shutil
@@ -255,7 +256,7 @@ def digest(directory):
 
 
 def interrupted(binary, model, work):
-    flags = ["--to", "bnb-nf4", "--double", "--max-shard-bytes", str(100_000)]
+    flags = ["--to", "bnb-nf4", "--double", "--max-shard-bytes", str(20_000)]
     whole = work / "whole"
     start = time.monotonic()
     convert(binary, model, whole, *flags)
@@ -265,7 +266,7 @@ def interrupted(binary, model, work):
     while not output.exists():
         process = subprocess.Popen([binary, "model", "convert", model, "--output", output, *flags], stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
         try:
-            process.wait(timeout=took * chance.uniform(0.1, 0.8) if kills < 12 else 60)
+            process.wait(timeout=took * chance.uniform(0.3, 0.6) if kills < 12 else 60)
         except subprocess.TimeoutExpired:
             process.send_signal(signal.SIGKILL)
             process.wait()
@@ -282,6 +283,7 @@ def main():
     arguments = parser.parse_args()
     arguments.work.mkdir(parents=True, exist_ok=True)
     torch.manual_seed(0)
+    logging.disable(logging.WARNING)
     for part in (written_for_bitsandbytes, read_from_bitsandbytes, mlx_both_ways, hqq_both_ways, plain_again, interrupted):
         part(arguments.binary, arguments.model, arguments.work)
     print(f"{len(PASSED)} passed, {len(FAILED)} failed")
