@@ -21,6 +21,7 @@ mod model_expand;
 mod model_export;
 mod new_model;
 mod prepare;
+mod remote_model;
 mod run_tensors;
 mod running;
 mod source;

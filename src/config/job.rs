@@ -9,6 +9,7 @@ use crate::membership::ExitPolicy;
 use crate::plan::{Chunking, DTypeRule, DeviceBudget, DeviceRule, MemoryBudget, Placement, QuantizationRule, Strategy};
 use crate::quant::affine::{CodeBits, MlxRule};
 use crate::quant::{BlockSize, FourBitCode};
+use crate::store::is_remote;
 use crate::train::Recipe;
 use crate::types::{BackendWish, DType, DeviceWish, Sharing, as_usize};
 
@@ -206,11 +207,13 @@ impl JobConfig {
         let mut config: Self = toml::from_str(&text).map_err(|error| failed(error.to_string().trim().to_owned()))?;
         let base = path.parent().unwrap_or_else(|| Path::new(""));
         if let Some(directory) = &mut config.checkpoint.directory {
-            *directory = base.join(&*directory);
+            if !is_remote(&*directory) {
+                *directory = base.join(&*directory);
+            }
         }
         if let Some(source) = &mut config.model.source {
             let local = base.join(&*source);
-            if local.exists() {
+            if !is_remote(&*source) && local.exists() {
                 *source = local.display().to_string();
             }
         }
