@@ -11,6 +11,7 @@ use weightcast_launcher::{
 use super::launch::{LaunchJobError, worker_command};
 use crate::plan::DeviceRule;
 use crate::rpc::{Clients, Token};
+use crate::store::absolute;
 use crate::tasks::Tasks;
 
 /// Failed ranks that may wait to be reported; more of one node add nothing.

@@ -9,7 +9,7 @@ use crate::adapter::AdapterConfig;
 use crate::comm::{Communicator, Group};
 use crate::data::{Dataset, Split, Tokenizer};
 use crate::device::Device;
-use crate::load::{LoadOptions, load};
+use crate::load::{LoadError, LoadOptions, load};
 use crate::manifest::TrainingState;
 use crate::model::Skeleton;
 use crate::nn::Decoder;
