@@ -65,7 +65,9 @@ pub enum SourceError {
     #[error(transparent)]
     Format(#[from] FormatError),
     /// A remote place has no weights.
-    #[error("{address} has no weights: expected model.safetensors, model.safetensors.index.json or other *.safetensors")]
+    #[error(
+        "{address} has no weights: expected model.safetensors, model.safetensors.index.json or other *.safetensors"
+    )]
     NoWeights {
         /// The place.
         address: String,

@@ -46,7 +46,7 @@ pub fn list(store: &dyn Store) -> Result<Vec<Listed>, CheckpointError> {
     steps.sort_unstable();
     let listed = |step| Listed { step, directory: step_name(step), checkpoint: open(store, step) };
     // Where tries lie below the step's own name, a step without a manifest is one that nobody has committed.
-    let is_try = |listed: &Listed| !store.renames() && listed.checkpoint.as_ref().is_err_and(|error| lacks_manifest(error));
+    let is_try = |listed: &Listed| !store.renames() && listed.checkpoint.as_ref().is_err_and(lacks_manifest);
     Ok(steps.into_iter().map(listed).filter(|listed| !is_try(listed)).collect())
 }
 

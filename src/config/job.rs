@@ -206,10 +206,8 @@ impl JobConfig {
         let text = String::from_utf8(text).map_err(|error| failed(error.to_string()))?;
         let mut config: Self = toml::from_str(&text).map_err(|error| failed(error.to_string().trim().to_owned()))?;
         let base = path.parent().unwrap_or_else(|| Path::new(""));
-        if let Some(directory) = &mut config.checkpoint.directory {
-            if !is_remote(&*directory) {
-                *directory = base.join(&*directory);
-            }
+        if let Some(directory) = config.checkpoint.directory.as_mut().filter(|directory| !is_remote(directory)) {
+            *directory = base.join(&*directory);
         }
         if let Some(source) = &mut config.model.source {
             let local = base.join(&*source);

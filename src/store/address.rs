@@ -92,7 +92,7 @@ impl RemoteAddress {
         if let Some((path, _)) = rest.split_once(['?', '#']) {
             return Err(bad(format!("{}://{path} with a query or fragment (not shown)", scheme.name())));
         }
-        let prefix = prefix.trim_matches('/');
+        let prefix = prefix.trim_end_matches('/');
         let is_odd = |part: &str| part.is_empty() || part == "." || part == "..";
         if authority.is_empty() || (!prefix.is_empty() && prefix.split('/').any(is_odd)) {
             return Err(bad(text.to_owned()));
@@ -139,7 +139,9 @@ mod tests {
         check("http://127.0.0.1:80/m/", (Scheme::Http, "127.0.0.1:80", "m"), "http://127.0.0.1:80/m");
         let file = RemoteAddress::parse("https://host/a/b.safetensors").expect("an address").split_file();
         assert_eq!((file.0.to_string().as_str(), file.1.as_str()), ("https://host/a", "b.safetensors"));
-        assert!(is_remote("az://c/x") && !is_remote("org/name") && !is_remote("/data/s3://x") && !is_remote("ftp://h/x"));
+        assert!(
+            is_remote("az://c/x") && !is_remote("org/name") && !is_remote("/data/s3://x") && !is_remote("ftp://h/x")
+        );
         assert_eq!(absolute(Path::new("s3://bucket/run")), Path::new("s3://bucket/run"));
     }
 

@@ -132,7 +132,8 @@ mod tests {
     #[test]
     fn values_are_not_printed_and_other_variables_are_dropped() {
         let variables = [("AWS_SECRET_ACCESS_KEY", "hunter2"), ("PATH", "/bin"), ("AWS_REGION", "")];
-        let settings = RemoteSettings::from_variables(variables.map(|(name, value)| (name.to_owned(), value.to_owned())));
+        let settings =
+            RemoteSettings::from_variables(variables.map(|(name, value)| (name.to_owned(), value.to_owned())));
         let printed = format!("{settings:?}");
         assert!(printed.contains("AWS_SECRET_ACCESS_KEY"), "{printed}");
         assert!(["hunter2", "PATH", "REGION"].iter().all(|word| !printed.contains(word)), "{printed}");

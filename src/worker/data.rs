@@ -241,7 +241,8 @@ impl DataThread {
         let total = crate::checkpoint::data_bytes(plan, state);
         self.watched.done_bytes.store(0, Ordering::Relaxed);
         self.watched.total_bytes.store(total, Ordering::Relaxed);
-        let request = WriteRequest { plan, state, store: store.as_ref(), directory: &command.directory, step: command.step };
+        let request =
+            WriteRequest { plan, state, store: store.as_ref(), directory: &command.directory, step: command.step };
         let progress = |done| self.watched.done_bytes.store(done, Ordering::Relaxed);
         let receipt = write_shard(&request, &progress).map_err(|error: CheckpointError| Failure {
             message: chain(&error),

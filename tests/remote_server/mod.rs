@@ -299,9 +299,8 @@ impl Shared {
             (true, None) => {
                 let id = format!("upload-{}", state.counts.requests);
                 state.uploads.insert(id.clone(), BTreeMap::new());
-                let body = format!(
-                    "<InitiateMultipartUploadResult><UploadId>{id}</UploadId></InitiateMultipartUploadResult>"
-                );
+                let body =
+                    format!("<InitiateMultipartUploadResult><UploadId>{id}</UploadId></InitiateMultipartUploadResult>");
                 text(StatusCode::OK, &body)
             }
             (true, Some(upload)) => {

@@ -55,7 +55,8 @@ impl Client {
         };
         match address.scheme {
             Scheme::S3 => {
-                let known = |(name, value): (&str, &str)| Some((name.to_ascii_lowercase().parse().ok()?, value.to_owned()));
+                let known =
+                    |(name, value): (&str, &str)| Some((name.to_ascii_lowercase().parse().ok()?, value.to_owned()));
                 let variables = settings.with_prefix("AWS_").filter_map(known);
                 // One request for each object is what every compatible server understands.
                 let endpoint = settings.first(&["AWS_ENDPOINT_URL_S3", "AWS_ENDPOINT_URL", "AWS_ENDPOINT"]);
@@ -70,7 +71,8 @@ impl Client {
                 Ok(both(client.clone(), client))
             }
             Scheme::Gs => {
-                let known = |(name, value): (&str, &str)| Some((name.to_ascii_lowercase().parse().ok()?, value.to_owned()));
+                let known =
+                    |(name, value): (&str, &str)| Some((name.to_ascii_lowercase().parse().ok()?, value.to_owned()));
                 let variables = settings.with_prefix("GOOGLE_").filter_map(known);
                 let builder = variables
                     .fold(GoogleCloudStorageBuilder::new().with_client_options(options), |builder, (key, value)| {
@@ -85,7 +87,8 @@ impl Client {
                 Ok(both(client.clone(), client))
             }
             Scheme::Az => {
-                let known = |(name, value): (&str, &str)| Some((name.to_ascii_lowercase().parse().ok()?, value.to_owned()));
+                let known =
+                    |(name, value): (&str, &str)| Some((name.to_ascii_lowercase().parse().ok()?, value.to_owned()));
                 let variables = settings.with_prefix("AZURE_").filter_map(known);
                 let builder = variables
                     .fold(MicrosoftAzureBuilder::new().with_client_options(options), |builder, (key, value)| {
@@ -135,7 +138,8 @@ impl Connector {
             }
         }
         let provider = Arc::new(rustls::crypto::ring::default_provider());
-        let tls = ClientConfig::builder_with_provider(provider).with_safe_default_protocol_versions().map_err(failed)?;
+        let tls =
+            ClientConfig::builder_with_provider(provider).with_safe_default_protocol_versions().map_err(failed)?;
         let tls = tls.with_root_certificates(roots).with_no_client_auth();
         let proxy = match settings.first(&["HTTPS_PROXY", "https_proxy", "ALL_PROXY", "all_proxy"]) {
             None => None,

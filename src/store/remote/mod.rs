@@ -45,8 +45,8 @@ impl RemoteStore {
     /// # Errors
     /// [`StoreError::Io`] when the variables of its cloud do not make a client.
     pub fn new(address: RemoteAddress, settings: &RemoteSettings) -> Result<Self, StoreError> {
-        let client = Client::new(&address, settings)
-            .map_err(|error| refused(Operation::Open, address.to_string(), &error))?;
+        let client =
+            Client::new(&address, settings).map_err(|error| refused(Operation::Open, address.to_string(), &error))?;
         Ok(Self { address, client: Arc::new(client), read: ReadCounter::default(), pins: None })
     }
 
@@ -120,9 +120,8 @@ impl Store for RemoteStore {
     fn list(&self, directory: &str) -> Result<Vec<String>, StoreError> {
         let (path, place) = (self.path(directory)?, self.address.join(directory));
         let client = self.client.clone();
-        let listed = carry_out((Operation::List, &place), async move {
-            client.objects.list_with_delimiter(Some(&path)).await
-        })?;
+        let listed =
+            carry_out((Operation::List, &place), async move { client.objects.list_with_delimiter(Some(&path)).await })?;
         let objects = listed.objects.iter().map(|object| &object.location);
         let found = objects.chain(&listed.common_prefixes).filter_map(Path::filename);
         let mut names: Vec<String> = found.map(str::to_owned).collect();

@@ -19,6 +19,9 @@ use crate::types::{as_u64, as_usize};
 /// Bytes of one request at most (`RS-2`): what an answer takes beside the memory that it is read into.
 const MAX_REQUEST_BYTES: usize = 8 << 20;
 
+/// Tries beside the client's own, of objects whose version it knows.
+const RETRIES_BESIDE: u32 = 2;
+
 /// An object of which one version is read.
 #[derive(Debug)]
 pub(super) struct RemoteFile {
@@ -87,6 +90,8 @@ impl Version {
     async fn fetch(&self, client: &Client, range: std::ops::Range<u64>) -> Result<Vec<u8>, StoreError> {
         let mut wait = client.patience.backoff;
         let mut tries = 0;
+        // Where the client knows the version it has asked again itself, and what is left is rare.
+        let retries = if self.meta.e_tag.is_some() { RETRIES_BESIDE } else { client.patience.retries };
         loop {
             let why = match self.fetch_once(client, range.clone()).await {
                 Ok(bytes) => return Ok(bytes),
@@ -94,8 +99,9 @@ impl Version {
                 Err(Fault::Broken(why)) => why,
             };
             tries += 1;
-            if tries > client.patience.retries {
-                let source = std::io::Error::other(format!("bytes {}..{}: {why}, {tries} times", range.start, range.end));
+            if tries > retries {
+                let source =
+                    std::io::Error::other(format!("bytes {}..{}: {why}, {tries} times", range.start, range.end));
                 return Err(StoreError::Io { operation: Operation::Read, path: self.place.clone(), source });
             }
             tracing::debug!(place = self.place, start = range.start, end = range.end, why, "an answer broke off");
@@ -111,9 +117,10 @@ impl Version {
         }
         // A weak tag never matches as a condition (RFC 9110, 13.1.1); it is compared below.
         let if_match = self.meta.e_tag.clone().filter(|tag| !tag.starts_with("W/"));
-        let options = GetOptions { if_match, range: Some(GetRange::Bounded(range)), ..GetOptions::default() };
+        let bounded = Some(GetRange::Bounded(range.clone()));
+        let options = GetOptions { if_match, range: bounded, ..GetOptions::default() };
         let answer = client.objects.get_opts(&self.meta.location, options).await;
-        let answer = answer.map_err(|error| Fault::Final(self.failed(&error)))?;
+        let answer = answer.map_err(|error| Fault::Final(self.failed(&error, &range)))?;
         if tag_of(&answer.meta) != self.tag() || answer.meta.size != self.meta.size {
             return Err(Fault::Final(self.changed(format!("{} of {} bytes", tag_of(&answer.meta), answer.meta.size))));
         }
@@ -132,10 +139,16 @@ impl Version {
         Ok(bytes)
     }
 
-    fn failed(&self, error: &object_store::Error) -> StoreError {
-        match error {
-            object_store::Error::Precondition { .. } => self.changed("another version".to_owned()),
-            _ => refused(Operation::Read, self.place.clone(), error),
+    fn failed(&self, error: &object_store::Error, range: &std::ops::Range<u64>) -> StoreError {
+        if let object_store::Error::Precondition { .. } = error {
+            return self.changed("another version".to_owned());
+        }
+        match refused(Operation::Read, self.place.clone(), error) {
+            StoreError::Io { operation, path, source } => {
+                let words = format!("bytes {}..{}: {source}", range.start, range.end);
+                StoreError::Io { operation, path, source: std::io::Error::new(source.kind(), words) }
+            }
+            other => other,
         }
     }
 

@@ -92,7 +92,8 @@ impl RemoteNewFile {
     fn expect_new(&self) -> Result<(), StoreError> {
         let (client, path) = (self.client.clone(), self.path.clone());
         let options = GetOptions { head: true, ..GetOptions::default() };
-        let found = wait((Operation::Create, &self.place), async move { client.objects.get_opts(&path, options).await })?;
+        let found =
+            wait((Operation::Create, &self.place), async move { client.objects.get_opts(&path, options).await })?;
         match found {
             Ok(_) => Err(StoreError::Exists { path: self.place.clone() }),
             Err(Error::NotFound { .. }) => Ok(()),
@@ -198,7 +199,8 @@ impl NewFile for RemoteNewFile {
             let number = at / self.part_bytes;
             let (start, len) = (at - number * self.part_bytes, self.part_len(number));
             let (now, later) = rest.split_at(rest.len().min(as_usize(len - start)));
-            let part = self.open.entry(number).or_insert_with(|| Part { bytes: vec![0; as_usize(len)], filled_bytes: 0 });
+            let part =
+                self.open.entry(number).or_insert_with(|| Part { bytes: vec![0; as_usize(len)], filled_bytes: 0 });
             let target = as_usize(start)..as_usize(start) + now.len();
             part.bytes.get_mut(target).expect("a part has its length").copy_from_slice(now);
             part.filled_bytes += as_u64(now.len());
