@@ -277,6 +277,8 @@ fn of_two_committers_exactly_one_wins() {
         let tries = [Try::write(remote.as_ref(), 7, 1), Try::write(remote.as_ref(), 7, 2)];
         assert_ne!(tries[0].attempt, tries[1].attempt, "CL-1");
         assert!(list(remote.as_ref()).expect("a listing").is_empty(), "A-6: nothing is visible before the commit");
+        // Slow answers: both have looked whether the step is committed before either commits it.
+        server.delay_ms(20);
         let together = std::sync::Barrier::new(2);
         let results = std::thread::scope(|scope| {
             let threads = tries.map(|one| {

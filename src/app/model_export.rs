@@ -12,7 +12,7 @@ use super::companions::copy_companions;
 use super::model_directory::{ExportMeta, ModelName, Stage, check_size, history_of, write_meta};
 use super::model_directory_error::DirectoryError;
 use super::run_tensors::{RunTensors, RunTensorsError, StepChoice};
-use super::source::{ModelSource, SourceError, open_model};
+use super::source::{ModelSource, SourceError, open_local_model};
 use super::weight_files::{OutputTensor, WeightFiles};
 use crate::adapter::AdapterConfig;
 use crate::error::{Classify, Kind};
@@ -178,7 +178,7 @@ impl TrainedRun {
         match self.training.recipe.get("layers") {
             None => Ok(None),
             Some(layers) if *layers == everything => Ok(None),
-            Some(_) => Ok(Some(open_model(&self.training.base_model, &|_| {}).map_err(Box::new)?)),
+            Some(_) => Ok(Some(open_local_model(&self.training.base_model, &|_| {}).map_err(Box::new)?)),
         }
     }
 

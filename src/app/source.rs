@@ -8,7 +8,7 @@ use crate::format::{FormatError, GgufHead, ModelIndex, TensorEntry, gguf, parse_
 use crate::hub::{HubConfig, HubError, ModelKind, Progress, Reference, resolve};
 use crate::load::{ScanError, scan};
 use crate::model::{Binding, KeyMismatch, ModelError, Skeleton};
-use crate::store::{LocalStore, Store, StoreError, is_remote, open_pinned};
+use crate::store::{LocalStore, RemoteAddress, Store, StoreError, is_remote, open_pinned};
 use crate::types::{Fqn, as_usize};
 
 /// A model whose headers were read and whose keys fit.
@@ -72,6 +72,12 @@ pub enum SourceError {
         /// The place.
         address: String,
     },
+    /// The model is remote, and the command wants more of it than its weights.
+    #[error("{address}: expected a model of this machine or a hub id, because this command copies its tokenizer too")]
+    NotLocal {
+        /// Its address.
+        address: String,
+    },
     /// A GGUF file is remote.
     #[error("{address}: a GGUF file is read from this machine only, because its rows are small: copy it here first")]
     RemoteGguf {
@@ -104,7 +110,7 @@ impl Classify for SourceError {
             Self::Scan(source) => source.kind(),
             Self::Format(source) => source.kind(),
             Self::NoWeights { .. } => Kind::NotFound,
-            Self::RemoteGguf { .. } => Kind::Invalid,
+            Self::RemoteGguf { .. } | Self::NotLocal { .. } => Kind::Invalid,
             Self::Config { source, .. } => source.kind(),
             Self::Keys { source, .. } => source.kind(),
         }
@@ -135,6 +141,17 @@ pub fn open_model(reference: &str, progress: &dyn Fn(Progress<'_>)) -> Result<Mo
     };
     let index = scan(&store, &names, index_json.as_ref())?;
     finish(&files.root, files.config_json, index)
+}
+
+/// As [`open_model`], for a command that takes other files beside the model's too, which are looked for on this machine.
+///
+/// # Errors
+/// As [`open_model`], and [`SourceError::NotLocal`].
+pub(super) fn open_local_model(reference: &str, progress: &dyn Fn(Progress<'_>)) -> Result<ModelSource, SourceError> {
+    match is_remote(reference) {
+        true => Err(SourceError::NotLocal { address: RemoteAddress::parse(reference)?.to_string() }),
+        false => open_model(reference, progress),
+    }
 }
 
 /// Opens a model in an object store or on a web server. Every file stays the version that it is now, here and on all ranks.

@@ -4,7 +4,6 @@
 //! variables in.
 
 use std::fmt;
-use std::path::PathBuf;
 use std::sync::OnceLock;
 use std::time::Duration;
 
@@ -99,8 +98,8 @@ impl RemoteSettings {
 
     /// A file of certificate authorities that replace the built-in ones.
     #[cfg(feature = "remote")]
-    pub(super) fn ca_file(&self) -> Option<PathBuf> {
-        self.first(&["AWS_CA_BUNDLE", "SSL_CERT_FILE"]).map(PathBuf::from)
+    pub(super) fn ca_file(&self) -> Option<std::path::PathBuf> {
+        self.first(&["AWS_CA_BUNDLE", "SSL_CERT_FILE"]).map(std::path::PathBuf::from)
     }
 }
 
