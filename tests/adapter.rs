@@ -86,6 +86,7 @@ fn save(root: &str, step: u64, adapter: &BTreeMap<String, Stored>, training: Opt
         device: DeviceRule::default(),
         root: String::new(),
         files: Vec::new(),
+        versions: Vec::new(),
         digest_tables: Vec::new(),
         tensors: all.iter().map(planned).collect(),
         aliases: Vec::new(),

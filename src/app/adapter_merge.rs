@@ -13,7 +13,7 @@ use super::adapter_source::{AdapterSource, AdapterSourceError, narrow, widen};
 use super::companions::copy_companions;
 use super::model_directory::{plan_merged, write_meta};
 use super::model_directory_error::DirectoryError;
-use super::source::{ModelSource, SourceError, open_model};
+use super::source::{ModelSource, SourceError, open_local_model};
 use super::weight_files::{OutputTensor, WeightFiles};
 use crate::adapter::{AdapterError, LoadedModule, linears, merge};
 use crate::error::{Classify, Kind};
@@ -210,7 +210,7 @@ fn base_reference(request: &MergeRequest<'_>) -> Result<String, MergeError> {
 
 fn open_base(base: &str, named: &'static str, progress: &dyn Fn(Progress<'_>)) -> Result<ModelSource, MergeError> {
     let quantized = |format: &str| MergeError::Quantized { base: base.to_owned(), format: format.to_owned() };
-    let model = open_model(base, progress).map_err(|source| match source {
+    let model = open_local_model(base, progress).map_err(|source| match source {
         SourceError::Keys { source, .. } if source.prequantized.is_some() => {
             quantized(source.prequantized.unwrap_or_default())
         }

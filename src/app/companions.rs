@@ -1,7 +1,7 @@
 //! The files beside a model's weights that go with it wherever it goes: tokenizer and defaults of generation.
 
 use crate::error::{Classify as _, Kind};
-use crate::store::{LocalStore, StoreError, read_small, write_small};
+use crate::store::{LocalStore, Store, StoreError, read_small, write_small};
 
 /// Belongs to the model.
 const GENERATION: &str = "generation_config.json";
@@ -22,7 +22,7 @@ const TOKENIZER: [&str; 8] = [
 const MAX_BYTES: u64 = 256 << 20;
 
 /// Copies those files that there are of `model`'s and of `tokenizer`'s, which may be one directory.
-pub(super) fn copy_companions(model: &LocalStore, tokenizer: &LocalStore, to: &LocalStore) -> Result<(), StoreError> {
+pub(super) fn copy_companions(model: &dyn Store, tokenizer: &dyn Store, to: &LocalStore) -> Result<(), StoreError> {
     let all = TOKENIZER.into_iter().map(|name| (name, tokenizer)).chain([(GENERATION, model)]);
     for (name, from) in all {
         match read_small(from, name, MAX_BYTES) {

@@ -17,7 +17,7 @@ use crate::load::{LoadError, LoadOptions, load};
 use crate::model::Skeleton;
 use crate::nn::Tokens;
 use crate::plan::LoadPlan;
-use crate::store::{LocalStore, ReadAt, Store, StoreError};
+use crate::store::{LocalStore, ReadAt, Store, StoreError, open_root};
 use crate::train::{Gradients, Probe, TrainError, Wanted};
 use crate::types::{ByteRange, DType, DeviceWish, Fqn, Rank, Shape, WorldSize, as_u64, as_usize};
 
@@ -160,8 +160,8 @@ pub fn forward(request: &ForwardRequest, progress: &dyn Fn(Progress<'_>)) -> Res
         || ForwardError::Model { model: plan.model.clone(), reason: "its architecture is unknown".to_owned() };
     let model = skeleton.config.as_ref().ok_or_else(no_config)?;
     check_memory(&tokens, model.vocab_size)?;
-    let store = LocalStore::new(&plan.root);
-    let (base, _) = load(&plan, &LoadOptions::on_host(Rank::ZERO, &store), None)?;
+    let files = open_root(&plan.root).map_err(LoadError::from)?.store;
+    let (base, _) = load(&plan, &LoadOptions::on_host(Rank::ZERO, files.as_ref()), None)?;
     let probe = Probe { plan: &plan, base: &base, config: model, adapter: adapter.as_ref() };
     let wanted = if request.gradients { Wanted::Gradients } else { Wanted::Logits };
     let (logits, gradients) = probe.run(&tokens, wanted).map_err(Box::new)?;

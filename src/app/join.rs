@@ -11,6 +11,7 @@ use weightcast_launcher::{
 use super::launch::{LaunchJobError, worker_command};
 use crate::plan::DeviceRule;
 use crate::rpc::{Clients, Token};
+use crate::store::absolute;
 use crate::tasks::Tasks;
 
 /// Failed ranks that may wait to be reported; more of one node add nothing.
@@ -43,8 +44,7 @@ pub async fn join(
     let token = Token::at(&coordinator.token_file);
     // A token that cannot be read is one error here, not one of each rank.
     token.header()?;
-    let absolute = |path: &PathBuf| std::path::absolute(path).unwrap_or_else(|_| path.clone());
-    let (token_file, root) = (absolute(&coordinator.token_file), coordinator.checkpoint_root.as_ref().map(absolute));
+    let (token_file, root) = (absolute(&coordinator.token_file), coordinator.checkpoint_root.as_deref().map(absolute));
     let command = worker_command(&coordinator.address, &token_file, root.as_deref(), coordinator.device);
     let mut launch = Launch::with_command(args, &Environment::of_this_process(), command)?;
     // The launchers of the nodes know each other by the job's token, unless they have one of their own.

@@ -3,7 +3,7 @@
 use std::collections::BTreeMap;
 use std::ffi::OsString;
 use std::net::{IpAddr, Ipv4Addr, SocketAddr};
-use std::path::{Path, PathBuf};
+use std::path::Path;
 use std::time::Duration;
 
 use weightcast_launcher::{
@@ -22,6 +22,7 @@ use crate::load::{LoadReport, logical_digests};
 use crate::membership::{AfterLoad, Phase};
 use crate::plan::DeviceRule;
 use crate::rpc::{Listener, ServeError, Token, TokenError, serve};
+use crate::store::absolute;
 use crate::tasks::{Tasks, blocking, survive_file_size_limit};
 use crate::types::{BackendWish, Fqn, JobId, Rank, Sharing, TensorDigest, WorldSize};
 
@@ -187,7 +188,6 @@ pub(super) async fn write_output(
 /// The job of a configuration and its plan, whose coordinator listens at `listens`.
 pub(super) fn job_record(config: &JobConfig, prepared: Prepared, listens: SocketAddr) -> JobRecord {
     let name = config.job.name.clone().unwrap_or_else(|| prepared.plan.model.clone());
-    let absolute = |root: &PathBuf| std::path::absolute(root).unwrap_or_else(|_| root.clone());
     JobRecord {
         job: JobId::from(name),
         after_load: AfterLoad {
@@ -197,7 +197,7 @@ pub(super) fn job_record(config: &JobConfig, prepared: Prepared, listens: Socket
         },
         step: prepared.step,
         resumed: prepared.resumed_from.is_some(),
-        checkpoint_root: config.checkpoint.directory.as_ref().map(absolute),
+        checkpoint_root: config.checkpoint.directory.as_deref().map(absolute),
         plan: prepared.plan,
         listens,
     }

@@ -23,6 +23,7 @@ mod model_export;
 mod new_model;
 mod prepare;
 mod quality;
+mod remote_model;
 mod run_tensors;
 mod running;
 mod source;

@@ -9,7 +9,7 @@ use serde_json::{Map, Value};
 use super::companions::copy_companions;
 use super::model_directory_error::DirectoryError;
 use super::model_export::{pretty, publish_directory};
-use super::source::{ModelSource, SourceError, open_model};
+use super::source::{ModelSource, SourceError, open_local_model};
 use super::weight_files::{OutputTensor, WeightFiles};
 use crate::error::{Classify, Kind};
 use crate::format::Encoding;
@@ -89,7 +89,7 @@ pub fn expand_model(
     (output, max_file_bytes): (&Path, u64),
     progress: &dyn Fn(Progress<'_>),
 ) -> Result<ExpandedModel, ExpandError> {
-    let model = open_model(reference, progress)?;
+    let model = open_local_model(reference, progress)?;
     let named = |source| ExpandError::Model { model: reference.to_owned(), source };
     let (expansion, config) = plan(&model, reference, blocks)?;
     let text = pretty(&Value::Object(expansion.config(&config)));

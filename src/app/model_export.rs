@@ -12,7 +12,7 @@ use super::companions::copy_companions;
 use super::model_directory::{ExportMeta, ModelName, Stage, check_size, history_of, write_meta};
 use super::model_directory_error::DirectoryError;
 use super::run_tensors::{RunTensors, RunTensorsError, StepChoice};
-use super::source::{ModelSource, SourceError, open_model};
+use super::source::{ModelSource, SourceError, open_local_model};
 use super::weight_files::{OutputTensor, WeightFiles};
 use crate::adapter::AdapterConfig;
 use crate::error::{Classify, Kind};
@@ -21,7 +21,7 @@ use crate::manifest::TrainingState;
 use crate::metrics::LOG_FILE;
 use crate::model::{Architecture, ModelConfig, ModelError, Skeleton};
 use crate::quant::QuantError;
-use crate::store::{LocalStore, Store, StoreError, read_small, write_small};
+use crate::store::{LocalStore, Store, StoreError, absolute, read_small, write_small};
 use crate::train::TrainedLayers;
 use crate::types::{DType, Fqn, Shape, Step, as_usize};
 
@@ -178,7 +178,7 @@ impl TrainedRun {
         match self.training.recipe.get("layers") {
             None => Ok(None),
             Some(layers) if *layers == everything => Ok(None),
-            Some(_) => Ok(Some(open_model(&self.training.base_model, &|_| {}).map_err(Box::new)?)),
+            Some(_) => Ok(Some(open_local_model(&self.training.base_model, &|_| {}).map_err(Box::new)?)),
         }
     }
 
@@ -344,8 +344,7 @@ pub(super) fn publish_directory<E: From<StoreError> + From<DirectoryError>>(
 
 /// A path without links and `..`, so that equal places have equal names.
 pub(super) fn real(path: &Path) -> PathBuf {
-    let absolute = || std::path::absolute(path).unwrap_or_else(|_| path.to_owned());
-    path.canonicalize().unwrap_or_else(|_| absolute())
+    path.canonicalize().unwrap_or_else(|_| absolute(path))
 }
 
 /// Where the files of a model are that was here when it was loaded; nothing is downloaded.

@@ -9,8 +9,8 @@ use crate::config::{ConfigError, JobConfig, ResumePolicy};
 use crate::device::{self, Device, DeviceError, LocalRank};
 use crate::error::{Classify, Kind};
 use crate::hub::Progress;
-use crate::plan::{DeviceBudget, DeviceRule, LoadPlan, LoadRequest, PlanError, Quantized, Strategy, plan};
-use crate::store::LocalStore;
+use crate::plan::{Chunking, DeviceBudget, DeviceRule, LoadPlan, LoadRequest, PlanError, Quantized, Strategy, plan};
+use crate::store::{self, is_remote, open_root};
 use crate::train::Recipe;
 use crate::types::{DeviceWish, Step, WorldSize};
 
@@ -166,11 +166,34 @@ fn newest(config: &JobConfig) -> Result<Option<(Checkpoint, Vec<Skipped>)>, Prep
             _ => Ok(None),
         };
     };
-    match checkpoint::newest(&LocalStore::new(root)) {
+    let store = open_root(root).map_err(CheckpointError::from)?.store;
+    match checkpoint::newest(store.as_ref()) {
         Ok(found) => Ok(Some(found)),
         Err(CheckpointError::None { .. }) if policy == ResumePolicy::Auto => Ok(None),
         Err(error) => Err(error.into()),
     }
+}
+
+/// Every request takes a while to be answered, so many are under way: 16 of 1 MiB, where the answers wait 30 ms, are half a
+/// gigabyte per second.
+const REMOTE_CHUNK_BYTES: u64 = 1 << 20;
+const REMOTE_READER_THREADS: u32 = 16;
+/// Chunks that may wait: 16 MiB, as of local files.
+const REMOTE_QUEUE_CHUNKS: u32 = 16;
+
+/// How the files at `root` are cut: as the job says, else as suits what serves them.
+fn chunking(config: &JobConfig, root: &Path) -> Result<Chunking, ConfigError> {
+    let mut chunking = config.chunking()?;
+    if is_remote(root) {
+        chunking.queue_chunks = REMOTE_QUEUE_CHUNKS;
+        if config.load.chunk_bytes.is_none() {
+            chunking.chunk_bytes = REMOTE_CHUNK_BYTES;
+        }
+        if config.load.reader_threads.is_none() {
+            chunking.reader_threads = REMOTE_READER_THREADS;
+        }
+    }
+    Ok(chunking)
 }
 
 fn request(config: &JobConfig, world: WorldSize, root: &Path, strategy: Strategy) -> Result<LoadRequest, ConfigError> {
@@ -184,7 +207,7 @@ fn request(config: &JobConfig, world: WorldSize, root: &Path, strategy: Strategy
         dtype: config.dtype_rule()?,
         quantization: config.quantization_rule()?,
         quantized: if config.quantization.implied { Quantized::Keep } else { Quantized::Refuse },
-        chunking: config.chunking()?,
+        chunking: chunking(config, root)?,
         digests: config.load.digests,
         device: config.device_rule(),
         split: config.load.split.clone(),
@@ -200,7 +223,8 @@ fn fresh(config: &JobConfig, world: WorldSize, progress: &dyn Fn(Progress<'_>)) 
     let source = open_model(reference, progress)?;
     let mut request = request(config, world, &source.root, Strategy::LowMemory)?;
     request.config_json = source.config_json;
-    let plan = plan(request, &source.index, &source.skeleton, &source.binding)?;
+    let mut plan = plan(request, &source.index, &source.skeleton, &source.binding)?;
+    plan.versions = source.versions;
     Ok(Prepared { plan, resumed_from: None, skipped: Vec::new(), step: Step(config.checkpoint.step) })
 }
 
@@ -213,7 +237,7 @@ fn resume(
     let root = config.checkpoint.directory.as_deref().unwrap_or_else(|| Path::new(""));
     // From a checkpoint each rank reads its own bytes: they are packed already, so nobody has work to share.
     let mut request = request(config, world, root, Strategy::Full)?;
-    if config.load.chunk_bytes.is_none() {
+    if config.load.chunk_bytes.is_none() && !is_remote(root) {
         request.chunking.chunk_bytes = RESUME_CHUNK_BYTES;
         request.chunking.queue_chunks = RESUME_QUEUE_CHUNKS;
     }
@@ -250,7 +274,7 @@ fn train(
     if let Some((checkpoint, skipped)) = found {
         prepared.resumed_from = Some(checkpoint.directory);
         prepared.skipped = skipped;
-    } else if !checkpoint::list(&LocalStore::new(root))?.is_empty() {
+    } else if !checkpoint::list(open_root(root).map_err(CheckpointError::from)?.store.as_ref())?.is_empty() {
         return Err(PrepareError::OtherCheckpoint {
             root: root.display().to_string(),
             directory: "step-*".to_owned(),
@@ -277,5 +301,5 @@ fn expect_model(config: &JobConfig, checkpoint: &Checkpoint) -> Result<(), Prepa
 
 /// Ranks may have another working directory.
 pub(super) fn absolute(path: &Path) -> String {
-    std::path::absolute(path).unwrap_or_else(|_| path.to_owned()).display().to_string()
+    store::absolute(path).display().to_string()
 }

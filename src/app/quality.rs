@@ -18,7 +18,7 @@ use crate::model::Skeleton;
 use crate::plan::{Encoding, LoadPlan};
 use crate::quant::{Kernels, QuantError};
 use crate::state::StateDict;
-use crate::store::LocalStore;
+use crate::store::open_root;
 use crate::train::{Probe, TrainError, tokens};
 use crate::types::{DeviceWish, Fqn, Rank, WorldSize, as_f64};
 
@@ -220,8 +220,8 @@ fn load_in(
     config.quantization = format.quantization.clone();
     let prepared = prepare(&config, WorldSize::ONE, progress);
     let plan = prepared.map_err(|source| QualityError::Prepare { format: format.name.clone(), source })?.plan;
-    let store = LocalStore::new(&plan.root);
-    let (state, _) = load(&plan, &LoadOptions::on_host(Rank::ZERO, &store), None)?;
+    let files = open_root(&plan.root).map_err(LoadError::from)?.store;
+    let (state, _) = load(&plan, &LoadOptions::on_host(Rank::ZERO, files.as_ref()), None)?;
     Ok(Loaded { plan, state })
 }
 

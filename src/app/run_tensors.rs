@@ -9,7 +9,7 @@ use crate::checkpoint::{self, Checkpoint, CheckpointError, VerifiedFile};
 use crate::error::{Classify, Kind};
 use crate::manifest::{SavedChunk, TrainingState};
 use crate::plan::Encoding;
-use crate::store::{LocalStore, Store, StoreError};
+use crate::store::{Store, StoreError, open_root};
 use crate::types::{DType, Fqn, Shape, Step, as_usize};
 
 /// Which checkpoint of a root.
@@ -83,12 +83,12 @@ impl RunTensors {
 
     /// Opens a checkpoint below `root`.
     pub(super) fn open(root: &Path, choice: StepChoice) -> Result<Self, RunTensorsError> {
-        let store = LocalStore::new(root);
-        let Checkpoint { directory, manifest } = choose(&store, choice)?;
+        let store = open_root(root)?.store;
+        let Checkpoint { directory, manifest } = choose(store.as_ref(), choice)?;
         let mut files = Vec::with_capacity(manifest.files.len());
         for file in &manifest.files {
             let name = format!("{directory}/{}", file.name);
-            files.push(VerifiedFile::open(&store, &name, file.bytes, file.digest_table)?);
+            files.push(VerifiedFile::open(store.as_ref(), &name, file.bytes, file.digest_table)?);
         }
         let chunks = |tensor: &crate::manifest::SavedTensor| {
             tensor.parts.iter().flat_map(|part| &part.chunks).copied().collect::<Vec<_>>()
@@ -132,7 +132,7 @@ impl RunTensors {
     }
 }
 
-fn choose(store: &LocalStore, choice: StepChoice) -> Result<Checkpoint, RunTensorsError> {
+fn choose(store: &dyn Store, choice: StepChoice) -> Result<Checkpoint, RunTensorsError> {
     let newest = || -> Result<Checkpoint, CheckpointError> {
         let (checkpoint, skipped) = checkpoint::newest(store)?;
         for skipped in skipped {

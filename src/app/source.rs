@@ -2,20 +2,23 @@
 
 use std::path::{Path, PathBuf};
 
+use super::remote_model;
 use crate::error::{Classify, Kind};
 use crate::format::packed::gather;
 use crate::format::{FormatError, GgufHead, ModelIndex, TensorEntry, gguf, parse_index_json};
 use crate::hub::{HubConfig, HubError, ModelKind, Progress, Reference, resolve};
 use crate::load::{ScanError, scan};
 use crate::model::{Binding, KeyMismatch, ModelError, Skeleton};
-use crate::store::{LocalStore, Store, StoreError};
+use crate::store::{LocalStore, RemoteAddress, Store, StoreError, is_remote, open_pinned};
 use crate::types::{Fqn, as_usize};
 
 /// A model whose headers were read and whose keys fit.
 #[derive(Debug)]
 pub struct ModelSource {
-    /// The directory that file names are relative to.
+    /// The directory, or the remote place, that file names are relative to.
     pub root: PathBuf,
+    /// The version of each file of the index, where the files are remote; else empty.
+    pub versions: Vec<String>,
     /// The text of config.json.
     pub config_json: Option<String>,
     /// Where every tensor is.
@@ -69,6 +72,26 @@ pub enum SourceError {
     /// The index does not hold.
     #[error(transparent)]
     Format(#[from] FormatError),
+    /// A remote place has no weights.
+    #[error(
+        "{address} has no weights: expected model.safetensors, model.safetensors.index.json or other *.safetensors"
+    )]
+    NoWeights {
+        /// The place.
+        address: String,
+    },
+    /// The model is remote, and the command wants more of it than its weights.
+    #[error("{address}: expected a model of this machine or a hub id, because this command copies its tokenizer too")]
+    NotLocal {
+        /// Its address.
+        address: String,
+    },
+    /// A GGUF file is remote.
+    #[error("{address}: a GGUF file is read from this machine only, because its rows are small: copy it here first")]
+    RemoteGguf {
+        /// The file.
+        address: String,
+    },
     /// config.json cannot be used.
     #[error("{path}: {source}")]
     Config {
@@ -94,18 +117,23 @@ impl Classify for SourceError {
             Self::Store(source) => source.kind(),
             Self::Scan(source) => source.kind(),
             Self::Format(source) => source.kind(),
+            Self::NoWeights { .. } => Kind::NotFound,
+            Self::RemoteGguf { .. } | Self::NotLocal { .. } => Kind::Invalid,
             Self::Config { source, .. } => source.kind(),
             Self::Keys { source, .. } => source.kind(),
         }
     }
 }
 
-/// Opens a model: a Hugging Face directory, a safetensors or GGUF file, or a hub id, which is downloaded into the cache
-/// first. Of local files only headers are read. `progress` hears of downloads.
+/// Opens a model: a Hugging Face directory, a safetensors or GGUF file, the address of a remote place, or a hub id, which is
+/// downloaded into the cache first. Of local and remote files only headers are read. `progress` hears of downloads.
 ///
 /// # Errors
 /// [`SourceError`], naming file and tensor.
 pub fn open_model(reference: &str, progress: &dyn Fn(Progress<'_>)) -> Result<ModelSource, SourceError> {
+    if is_remote(reference) {
+        return open_remote(reference);
+    }
     let config = HubConfig::from_vars(&crate::config::variable)?;
     let files = resolve(&Reference::parse(reference)?, &config, progress)?;
     let store = LocalStore::new(&files.root);
@@ -122,6 +150,38 @@ pub fn open_model(reference: &str, progress: &dyn Fn(Progress<'_>)) -> Result<Mo
     let index = scan(&store, &names, index_json.as_ref())?;
     let index = gather(index, files.config_json.as_deref(), &mut |index, entry| read_entry(&store, index, entry))?;
     finish(&files.root, files.config_json, index)
+}
+
+/// As [`open_model`], for a command that takes other files beside the model's too, which are looked for on this machine.
+///
+/// # Errors
+/// As [`open_model`], and [`SourceError::NotLocal`].
+pub(super) fn open_local_model(reference: &str, progress: &dyn Fn(Progress<'_>)) -> Result<ModelSource, SourceError> {
+    match is_remote(reference) {
+        true => Err(SourceError::NotLocal { address: RemoteAddress::parse(reference)?.to_string() }),
+        false => open_model(reference, progress),
+    }
+}
+
+/// Opens a model in an object store or on a web server. Every file stays the version that it is now, here and on all ranks.
+fn open_remote(reference: &str) -> Result<ModelSource, SourceError> {
+    let (address, file) = remote_model::place(reference)?;
+    let store = open_pinned(&address)?;
+    let model = remote_model::find(store.as_ref(), &address, file)?;
+    let index_json = match &model.index_json {
+        Some((name, bytes)) => Some(parse_index_json(&store.describe(name), bytes)?),
+        None => None,
+    };
+    let names = index_json.as_ref().map_or(model.names, crate::format::IndexJson::files);
+    let index = scan(store.as_ref(), &names, index_json.as_ref())?;
+    let mut read = |index: &ModelIndex, entry: &TensorEntry| read_entry(store.as_ref(), index, entry);
+    let index = gather(index, model.config_json.as_deref(), &mut read)?;
+    let mut versions = Vec::with_capacity(index.files.len());
+    for file in &index.files {
+        versions.extend(store.open(&file.name)?.version());
+    }
+    let source = finish(Path::new(&address.to_string()), model.config_json, index)?;
+    Ok(ModelSource { versions, ..source })
 }
 
 /// Reads as much of a GGUF file as its header takes.
@@ -151,5 +211,5 @@ fn finish(directory: &Path, config: Option<Vec<u8>>, index: ModelIndex) -> Resul
         .bind(&index)
         .map_err(|source| SourceError::Keys { directory: directory.display().to_string(), source })?;
     let config_json = config.map(|json| String::from_utf8_lossy(&json).into_owned());
-    Ok(ModelSource { root: directory.to_owned(), config_json, index, skeleton, binding })
+    Ok(ModelSource { root: directory.to_owned(), versions: Vec::new(), config_json, index, skeleton, binding })
 }

@@ -72,6 +72,7 @@ pub(super) fn plan(world: WorldSize, bytes: u64) -> LoadPlan {
         device: DeviceRule::default(),
         root: String::new(),
         files: Vec::new(),
+        versions: Vec::new(),
         digest_tables: Vec::new(),
         tensors: (0..TENSORS).map(tensor).collect(),
         aliases: Vec::new(),

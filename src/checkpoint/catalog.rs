@@ -3,7 +3,7 @@
 use super::names::{MANIFEST, parse_step_name, step_name};
 use super::read::check_length;
 use super::{CheckpointError, names};
-use crate::error::chain;
+use crate::error::{Classify as _, Kind, chain};
 use crate::manifest::{MAX_MANIFEST_BYTES, Manifest};
 use crate::store::{Store, read_small};
 use crate::types::Step;
@@ -45,7 +45,9 @@ pub fn list(store: &dyn Store) -> Result<Vec<Listed>, CheckpointError> {
     let mut steps: Vec<Step> = store.list("")?.iter().filter_map(|name| parse_step_name(name)).collect();
     steps.sort_unstable();
     let listed = |step| Listed { step, directory: step_name(step), checkpoint: open(store, step) };
-    Ok(steps.into_iter().map(listed).collect())
+    // Where tries lie below the step's own name, a step without a manifest is one that nobody has committed.
+    let is_try = |listed: &Listed| !store.renames() && listed.checkpoint.as_ref().is_err_and(lacks_manifest);
+    Ok(steps.into_iter().map(listed).filter(|listed| !is_try(listed)).collect())
 }
 
 /// Opens the checkpoint of a step: manifest, version, coverage, and the length of every file.
@@ -55,7 +57,12 @@ pub fn list(store: &dyn Store) -> Result<Vec<Listed>, CheckpointError> {
 pub fn open(store: &dyn Store, step: Step) -> Result<Checkpoint, CheckpointError> {
     let directory = step_name(step);
     let name = format!("{directory}/{MANIFEST}");
-    let bytes = read_small(store, &name, MAX_MANIFEST_BYTES)?;
+    let bytes = match read_small(store, &name, MAX_MANIFEST_BYTES) {
+        Err(source) if source.kind() == Kind::NotFound && !store.renames() => {
+            return Err(CheckpointError::NoManifest { path: store.describe(&name) });
+        }
+        result => result?,
+    };
     let manifest =
         Manifest::decode(&bytes).map_err(|source| CheckpointError::Manifest { path: store.describe(&name), source })?;
     for file in &manifest.files {
@@ -65,6 +72,11 @@ pub fn open(store: &dyn Store, step: Step) -> Result<Checkpoint, CheckpointError
         check_length(&store.describe(&table), file.digest_table.bytes, store.open(&table)?.len_bytes())?;
     }
     Ok(Checkpoint { directory, manifest })
+}
+
+/// A file that the manifest names and that is not there is damage, and another error.
+fn lacks_manifest(error: &CheckpointError) -> bool {
+    matches!(error, CheckpointError::NoManifest { .. })
 }
 
 /// The newest checkpoint that holds, and the newer ones that do not.

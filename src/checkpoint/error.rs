@@ -31,6 +31,12 @@ pub enum CheckpointError {
         /// Why each was refused.
         reasons: String,
     },
+    /// The step was not committed.
+    #[error("no checkpoint: expected {path}, found nothing")]
+    NoManifest {
+        /// The manifest's path.
+        path: String,
+    },
     /// The manifest does not hold.
     #[error("{path}: {source}")]
     Manifest {
@@ -127,7 +133,7 @@ impl Classify for CheckpointError {
         match self {
             Self::Store(source) => source.kind(),
             Self::Device(source) => source.kind(),
-            Self::None { .. } => Kind::NotFound,
+            Self::None { .. } | Self::NoManifest { .. } => Kind::NotFound,
             Self::NoneUsable { .. }
             | Self::Length { .. }
             | Self::Table { .. }

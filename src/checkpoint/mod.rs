@@ -5,10 +5,12 @@
 //!
 //! Invariants:
 //! - `CK-1`: a step directory exists only with a complete, synced content: the rename is the commit.
+//!   In a store that does not rename, the creation of the manifest is (`claimed`).
 //! - `CK-2`: nothing is ever written into a committed directory.
 //! - `CK-3`: no byte of a shard is used before its block digest held.
 
 mod catalog;
+mod claimed;
 mod commit;
 mod edges;
 mod error;

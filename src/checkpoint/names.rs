@@ -7,6 +7,9 @@ pub const LATEST: &str = "LATEST";
 pub(super) const TMP: &str = ".tmp";
 pub(super) const TRASH: &str = ".trash";
 pub(super) const MANIFEST: &str = "manifest.json";
+/// The object whose creation makes an attempt's number one committer's own.
+pub(super) const CLAIM: &str = "claim";
+const CLAIMED_PREFIX: &str = "attempt-";
 /// Added to a shard's name for its digest table.
 pub(super) const TABLE_SUFFIX: &str = ".crc32c";
 
@@ -36,6 +39,20 @@ pub(super) fn parse_attempt_name(name: &str) -> Option<(Step, Attempt)> {
     Some((parse_step_name(step)?, Attempt(attempt.parse().ok()?)))
 }
 
+/// The directory of a try in a store that does not rename: it stays where it is, and the manifest beside it names it.
+pub(super) fn claimed_directory(step: Step, attempt: Attempt) -> String {
+    format!("{}/{}", step_name(step), claimed_name(attempt))
+}
+
+pub(super) fn claimed_name(attempt: Attempt) -> String {
+    format!("{CLAIMED_PREFIX}{attempt}")
+}
+
+/// The attempt of a name below a step's directory.
+pub(super) fn parse_claimed_name(name: &str) -> Option<Attempt> {
+    name.strip_prefix(CLAIMED_PREFIX)?.parse().ok().map(Attempt)
+}
+
 pub(super) fn shard_name(rank: Rank) -> String {
     format!("shard-{:05}-model-00001-of-00001.safetensors", rank.0 + 1)
 }
@@ -57,5 +74,8 @@ mod tests {
             assert_eq!(parse_step_name(name), None, "{name}");
         }
         assert_eq!(parse_attempt_name("step-000000001.2"), Some((Step(1), Attempt(2))));
+        assert_eq!(claimed_directory(Step(1), Attempt(2)), "step-000000001/attempt-2");
+        assert_eq!(parse_claimed_name("attempt-2"), Some(Attempt(2)));
+        assert_eq!(parse_claimed_name(MANIFEST), None);
     }
 }

@@ -1,6 +1,6 @@
 //! Retention: deleting old checkpoints, counting only those that hold.
 
-use super::names::TRASH;
+use super::names::{MANIFEST, TRASH};
 use super::{CheckpointError, Depth, list, verify};
 use crate::store::Store;
 use crate::types::Step;
@@ -48,7 +48,13 @@ pub fn retain(
     for (step, directory) in holding {
         if keeps(&steps, step) { pruned.kept.push(directory) } else { pruned.deleted.push(directory) }
     }
-    if delete == Delete::Now && !pruned.deleted.is_empty() {
+    if delete == Delete::Now && !store.renames() {
+        for directory in &pruned.deleted {
+            // What makes the checkpoint visible goes first.
+            store.remove(&format!("{directory}/{MANIFEST}"))?;
+            store.remove(directory)?;
+        }
+    } else if delete == Delete::Now && !pruned.deleted.is_empty() {
         store.create_dir(TRASH)?;
         for directory in &pruned.deleted {
             let trashed = format!("{TRASH}/{directory}");

@@ -8,7 +8,7 @@ use super::args::CheckpointCommand;
 use super::output::{bytes, data, fail, json, say};
 use crate::checkpoint::{Checkpoint, CheckpointError, Delete, Depth, list, newest, open, prune, verify};
 use crate::error::chain;
-use crate::store::LocalStore;
+use crate::store::{Store, open_root};
 use crate::types::Step;
 
 pub(super) fn run(command: &CheckpointCommand) -> u8 {
@@ -29,7 +29,7 @@ fn total_bytes(checkpoint: &Checkpoint) -> u64 {
 }
 
 fn list_all(directory: &Path, as_json: bool) -> Result<(), CheckpointError> {
-    let listed = list(&LocalStore::new(directory))?;
+    let listed = list(open_root(directory)?.store.as_ref())?;
     if as_json {
         let entries: Vec<_> = listed
             .iter()
@@ -64,7 +64,7 @@ fn list_all(directory: &Path, as_json: bool) -> Result<(), CheckpointError> {
     Ok(())
 }
 
-fn find(store: &LocalStore, step: Option<u64>) -> Result<Checkpoint, CheckpointError> {
+fn find(store: &dyn Store, step: Option<u64>) -> Result<Checkpoint, CheckpointError> {
     match step {
         Some(step) => open(store, Step(step)),
         None => newest(store).map(|(checkpoint, skipped)| {
@@ -77,7 +77,7 @@ fn find(store: &LocalStore, step: Option<u64>) -> Result<Checkpoint, CheckpointE
 }
 
 fn inspect(directory: &Path, step: Option<u64>, as_json: bool) -> Result<(), CheckpointError> {
-    let checkpoint = find(&LocalStore::new(directory), step)?;
+    let checkpoint = find(open_root(directory)?.store.as_ref(), step)?;
     let manifest = &checkpoint.manifest;
     if as_json {
         json(manifest);
@@ -99,10 +99,10 @@ fn inspect(directory: &Path, step: Option<u64>, as_json: bool) -> Result<(), Che
 }
 
 fn check(directory: &Path, step: Option<u64>, deep: bool) -> Result<(), CheckpointError> {
-    let store = LocalStore::new(directory);
-    let checkpoint = find(&store, step)?;
+    let store = open_root(directory)?.store;
+    let checkpoint = find(store.as_ref(), step)?;
     let depth = if deep { Depth::Deep } else { Depth::Shallow };
-    let verified = verify(&store, &checkpoint, depth)?;
+    let verified = verify(store.as_ref(), &checkpoint, depth)?;
     data(&format!(
         "{} holds: {} tensors in {} files{}",
         checkpoint.directory,
@@ -120,7 +120,7 @@ fn check(directory: &Path, step: Option<u64>, deep: bool) -> Result<(), Checkpoi
 fn remove(directory: &Path, keep: u32, dry_run: bool) -> Result<(), CheckpointError> {
     let delete = if dry_run { Delete::DryRun } else { Delete::Now };
     let keep = crate::types::as_usize(u64::from(keep));
-    let pruned = prune(&LocalStore::new(directory), keep, delete)?;
+    let pruned = prune(open_root(directory)?.store.as_ref(), keep, delete)?;
     for name in &pruned.deleted {
         data(&format!("{} {name}", if dry_run { "would delete" } else { "deleted" }));
     }

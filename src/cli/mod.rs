@@ -48,6 +48,7 @@ pub fn main(arguments: impl Iterator<Item = std::ffi::OsString>) -> u8 {
         }
     };
     output::start_logging(arguments.log_format);
+    crate::store::set_remote_settings(crate::config::remote_settings());
     match arguments.command {
         Command::Launch(flags) => launch::run(*flags),
         Command::Coordinator(flags) => coordinator::run(*flags),

@@ -5,6 +5,7 @@ use std::path::PathBuf;
 use std::str::FromStr;
 
 use crate::error::{Classify, Kind};
+use crate::store::RemoteSettings;
 use crate::types::{DeviceWish, Rank, Sharing, WorldSize};
 
 /// Reads one variable; a value that is not UTF-8 counts as absent.
@@ -12,6 +13,15 @@ use crate::types::{DeviceWish, Rank, Sharing, WorldSize};
 #[expect(clippy::disallowed_methods, reason = "this is the one place that reads the environment")]
 pub fn variable(name: &str) -> Option<String> {
     std::env::var(name).ok().filter(|value| !value.is_empty())
+}
+
+/// How remote places are reached, by the variables of their clouds, of proxies and of certificate authorities.
+#[must_use]
+pub fn remote_settings() -> RemoteSettings {
+    let text = |(name, value): (std::ffi::OsString, std::ffi::OsString)| {
+        Some((name.into_string().ok()?, value.into_string().ok()?))
+    };
+    RemoteSettings::from_variables(std::env::vars_os().filter_map(text))
 }
 
 /// What a worker finds in its environment.

@@ -8,6 +8,7 @@ use super::QuantizationConfig;
 use crate::error::{Classify, Kind};
 use crate::membership::ExitPolicy;
 use crate::plan::{Chunking, DTypeRule, DeviceBudget, DeviceRule, MemoryBudget, Placement, QuantizationRule, Strategy};
+use crate::store::is_remote;
 use crate::train::Recipe;
 use crate::types::{BackendWish, DType, DeviceWish, Sharing};
 
@@ -155,12 +156,12 @@ impl JobConfig {
         let text = String::from_utf8(text).map_err(|error| failed(error.to_string()))?;
         let mut config: Self = toml::from_str(&text).map_err(|error| failed(error.to_string().trim().to_owned()))?;
         let base = path.parent().unwrap_or_else(|| Path::new(""));
-        if let Some(directory) = &mut config.checkpoint.directory {
+        if let Some(directory) = config.checkpoint.directory.as_mut().filter(|directory| !is_remote(directory)) {
             *directory = base.join(&*directory);
         }
         if let Some(source) = &mut config.model.source {
             let local = base.join(&*source);
-            if local.exists() {
+            if !is_remote(&*source) && local.exists() {
                 *source = local.display().to_string();
             }
         }

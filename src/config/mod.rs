@@ -8,7 +8,8 @@ mod job;
 mod quantization;
 
 pub use environment::{
-    EnvironmentError, WorkerEnvironment, available_memory_bytes, host_name, runtime_directory, variable,
+    EnvironmentError, WorkerEnvironment, available_memory_bytes, host_name, remote_settings, runtime_directory,
+    variable,
 };
 pub use job::{CheckpointConfig, ConfigError, JobConfig, JobSection, LoadConfig, ModelSection, ResumePolicy};
 pub use quantization::{QuantizationConfig, QuantizationFormat};

@@ -12,7 +12,7 @@ use crate::error::{Classify, Kind, chain};
 use crate::manifest::{SealRequest, ShardReceipt};
 use crate::membership::{Effect, Event, Membership, Phase, Save, Settings, TICK};
 use crate::plan::LoadPlan;
-use crate::store::LocalStore;
+use crate::store::{Store, StoreError, open_root};
 use crate::tasks::Tasks;
 use crate::train::{Policy, Recipe, keeps};
 use crate::types::{Generation, Step};
@@ -174,31 +174,31 @@ impl EffectContext {
     }
 
     fn begin(&self, step: Step) -> Event {
-        let Some(store) = self.store() else {
-            let message = "the job has no checkpoint directory".to_owned();
-            return Event::ShellFailed { message, exit_code: Kind::Conflict.exit_code() };
+        let store = match self.store() {
+            Ok(store) => store,
+            Err(event) => return event,
         };
-        match checkpoint::begin(&store, step) {
+        match checkpoint::begin(store.as_ref(), step) {
             Ok((attempt, directory)) => Event::SaveBegun { attempt, directory },
             Err(error) => shell_failed(&error),
         }
     }
 
     fn commit(&self, save: &Save, receipts: Vec<ShardReceipt>, generation: Generation) -> Event {
-        let Some(store) = self.store() else {
-            let message = "the job has no checkpoint directory".to_owned();
-            return Event::ShellFailed { message, exit_code: Kind::Conflict.exit_code() };
+        let store = match self.store() {
+            Ok(store) => store,
+            Err(event) => return event,
         };
         // A training run saves its state; the base is named by its digest.
         let plan = self.plan.train.as_ref().map_or(&self.plan, |train| &train.state);
         let request = SealRequest { plan, step: save.step, attempt: save.attempt, generation };
         let training = receipts.iter().find_map(|receipt| receipt.training.as_ref());
         let best = training.and_then(|training| training.best).map(|best| best.step);
-        match checkpoint::commit(&store, &request, receipts) {
+        match checkpoint::commit(store.as_ref(), &request, receipts) {
             Ok(directory) => {
                 tracing::info!(step = %save.step, attempt = %save.attempt, directory, "checkpoint committed");
                 if let Some(train) = &self.plan.train {
-                    retain(&store, &train.recipe, best);
+                    retain(store.as_ref(), &train.recipe, best);
                 }
                 Event::Committed { directory }
             }
@@ -206,13 +206,18 @@ impl EffectContext {
         }
     }
 
-    fn store(&self) -> Option<LocalStore> {
-        self.checkpoint_root.as_ref().map(LocalStore::new)
+    /// Where checkpoints go, or why there is no such place.
+    fn store(&self) -> Result<Arc<dyn Store>, Event> {
+        let Some(root) = &self.checkpoint_root else {
+            let message = "the job has no checkpoint directory".to_owned();
+            return Err(Event::ShellFailed { message, exit_code: Kind::Conflict.exit_code() });
+        };
+        open_root(root).map(|root| root.store).map_err(|error: StoreError| shell_failed(&error))
     }
 }
 
 /// Deletes the checkpoints that the run's recipe lets go. A failure is no reason to end the run.
-fn retain(store: &LocalStore, recipe: &serde_json::Value, best: Option<Step>) {
+fn retain(store: &dyn Store, recipe: &serde_json::Value, best: Option<Step>) {
     let Ok(recipe) = serde_json::from_value::<Recipe>(recipe.clone()) else { return };
     let policy = Policy::new(&recipe.checkpoint, best);
     let retained = checkpoint::retain(store, Delete::Now, |steps, step| keeps(policy, steps, step));
@@ -230,7 +235,7 @@ fn shell_failed<E: Classify + 'static>(error: &E) -> Event {
 /// The newest checkpoint that this generation has committed, if it has.
 fn committed_by(record: &JobRecord, generation: Generation) -> Result<Option<(Step, String)>, CheckpointError> {
     let Some(root) = &record.checkpoint_root else { return Ok(None) };
-    let listed = checkpoint::list(&LocalStore::new(root))?.into_iter().rev();
+    let listed = checkpoint::list(open_root(root)?.store.as_ref())?.into_iter().rev();
     let mut own = listed
         .filter(|listed| listed.step >= record.step)
         .filter_map(|listed| listed.checkpoint.ok())

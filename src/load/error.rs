@@ -34,6 +34,16 @@ pub enum LoadError {
         /// The file's length.
         found_bytes: u64,
     },
+    /// A file is another version than when the plan was made.
+    #[error("{path} has changed since the plan was made: expected {expected}, found {found}")]
+    Version {
+        /// The file.
+        path: String,
+        /// The plan's version.
+        expected: String,
+        /// The one that is there.
+        found: String,
+    },
     /// A checkpoint's bytes do not hold.
     #[error(transparent)]
     Checkpoint(#[from] CheckpointError),
@@ -82,7 +92,7 @@ impl Classify for LoadError {
         match self {
             Self::Read { source, .. } => source.kind(),
             Self::Open(source) => source.kind(),
-            Self::Changed { .. } => Kind::Corrupt,
+            Self::Changed { .. } | Self::Version { .. } => Kind::Corrupt,
             Self::Checkpoint(source) => source.kind(),
             Self::Encode { source, .. } => source.kind(),
             Self::Decode { source, .. } => source.kind(),

@@ -34,6 +34,7 @@ impl Files {
                         found_bytes: file.len_bytes(),
                     });
                 }
+                expect_version(plan, files.len(), file.as_ref(), &|| store.describe(&entry.name))?;
                 files.push(file);
             }
             return Ok(Self::Model(files));
@@ -96,6 +97,21 @@ impl Files {
             Err(LoadError::Plan { fqn: fqn.clone(), what: "its stored chunks have a hole" })
         }
     }
+}
+
+/// A file that has the length of before may still be another: where the plan names its version, this is the one.
+fn expect_version(
+    plan: &LoadPlan,
+    index: usize,
+    file: &dyn ReadAt,
+    path: &dyn Fn() -> String,
+) -> Result<(), LoadError> {
+    let Some(expected) = plan.versions.get(index) else { return Ok(()) };
+    let found = file.version().unwrap_or_else(|| "no version".to_owned());
+    if found == *expected {
+        return Ok(());
+    }
+    Err(LoadError::Version { path: path(), expected: expected.clone(), found })
 }
 
 /// The files of a checkpoint that the jobs of `rank` touch.

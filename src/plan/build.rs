@@ -215,6 +215,7 @@ pub(crate) fn assemble(
         device: request.device,
         root: request.root,
         files,
+        versions: Vec::new(),
         digest_tables: Vec::new(),
         tensors,
         aliases,

@@ -104,6 +104,10 @@ pub struct LoadPlan {
     pub root: String,
     /// The files.
     pub files: Vec<FileEntry>,
+    /// What tells the version of each file from others, for a model whose store knows; else empty. Every rank reads these
+    /// versions or nothing.
+    #[serde(default, skip_serializing_if = "Vec::is_empty")]
+    pub versions: Vec<String>,
     /// The digest tables of the files, for a checkpoint; empty for a model.
     pub digest_tables: Vec<DigestTable>,
     /// The tensors in the order in which they move.

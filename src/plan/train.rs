@@ -71,6 +71,7 @@ pub fn state_plan(base: &LoadPlan, parameters: &[(Fqn, Shape)]) -> LoadPlan {
         digests: false,
         device,
         files: Vec::new(),
+        versions: Vec::new(),
         digest_tables: Vec::new(),
         tensors,
         aliases: Vec::new(),

@@ -84,6 +84,24 @@ pub enum StoreError {
         /// The file's length.
         found_bytes: u64,
     },
+    /// The object is not the version that it was.
+    #[error("{path} has changed since it was opened: expected {expected}, found {found}")]
+    Changed {
+        /// The object.
+        path: String,
+        /// The version that was opened.
+        expected: String,
+        /// The version that is there.
+        found: String,
+    },
+    /// An address is not of the form, or not of a kind that this program reaches.
+    #[error("address {found}: expected {expected}")]
+    Address {
+        /// The address, without secrets.
+        found: String,
+        /// What it must be.
+        expected: &'static str,
+    },
     /// A name would lead outside the store.
     #[error("name {name:?} leads outside {root}")]
     Outside {
@@ -123,8 +141,8 @@ impl Classify for StoreError {
             },
             Self::NoSpace { .. } => Kind::Exhausted,
             Self::Exists { .. } => Kind::Conflict,
-            Self::Truncated { .. } | Self::TooLarge { .. } => Kind::Corrupt,
-            Self::Outside { .. } => Kind::Invalid,
+            Self::Truncated { .. } | Self::TooLarge { .. } | Self::Changed { .. } => Kind::Corrupt,
+            Self::Outside { .. } | Self::Address { .. } => Kind::Invalid,
         }
     }
 }

@@ -9,13 +9,17 @@ use super::StoreError;
 /// # Errors
 /// [`StoreError::Outside`] when `name` is absolute or has `..` in it.
 pub fn confined(root: &Path, name: &str) -> Result<PathBuf, StoreError> {
-    let relative = Path::new(name);
-    let inside = relative.components().all(|part| matches!(part, Component::Normal(_) | Component::CurDir));
-    if inside && !name.contains('\0') {
-        Ok(root.join(relative))
+    if is_inside(name) {
+        Ok(root.join(name))
     } else {
         Err(StoreError::Outside { root: root.display().to_string(), name: name.to_owned() })
     }
+}
+
+/// Whether a name stays below whatever it is joined with.
+pub(super) fn is_inside(name: &str) -> bool {
+    let mut parts = Path::new(name).components();
+    parts.all(|part| matches!(part, Component::Normal(_) | Component::CurDir)) && !name.contains('\0')
 }
 
 #[cfg(test)]

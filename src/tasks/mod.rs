@@ -1,14 +1,18 @@
 //! The one place that spawns: async tasks with a name and a common cancellation, joined with a deadline, and named
 //! threads for work that blocks.
 //!
-//! Owns: [`Tasks`], [`spawn_thread`] and the signals that would end the process in the middle of its work. Refuses to know: what the work is.
+//! Owns: [`Tasks`], [`spawn_thread`], [`request`] and the signals that would end the process in the middle of its work. Refuses to know: what the work is.
 //! `TK-1`: no task outlives its [`Tasks`]: dropping it aborts what is left.
+
+mod io;
 
 use std::future::Future;
 use std::thread::JoinHandle;
 use std::time::Duration;
 
 use tokio::task::JoinSet;
+
+pub use io::{Answer, REQUEST_DEADLINE, request};
 
 /// A set of tasks that end together.
 #[derive(Debug, Default)]

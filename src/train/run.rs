@@ -9,14 +9,14 @@ use crate::adapter::AdapterConfig;
 use crate::comm::{Communicator, Group};
 use crate::data::{Dataset, Split, Tokenizer};
 use crate::device::Device;
-use crate::load::{LoadOptions, load};
+use crate::load::{LoadError, LoadOptions, load};
 use crate::manifest::TrainingState;
 use crate::model::Skeleton;
 use crate::nn::Decoder;
 use crate::plan::{LoadPlan, TrainPlan};
 use crate::recipe::schedule::LearningRate;
 use crate::state::StateDict;
-use crate::store::LocalStore;
+use crate::store::{LocalStore, is_remote, open_root};
 
 use super::base::Base;
 use super::config::Recipe;
@@ -168,7 +168,10 @@ impl<'a> Setup<'a> {
     /// The data, the same on every rank.
     fn data(&self, exchange: &mut Exchange<'_>) -> Result<Dataset, TrainError> {
         let directory = self.recipe.tokenizer.clone().unwrap_or_else(|| PathBuf::from(&self.plan.root));
-        let tokenizer = Tokenizer::open(&directory)?;
+        let tokenizer = match is_remote(&directory) {
+            true => Tokenizer::load(open_root(&directory).map_err(LoadError::from)?.store.as_ref())?,
+            false => Tokenizer::open(&directory)?,
+        };
         let dataset = Dataset::load(&self.recipe.data, &tokenizer)?;
         let digests = exchange.all_gather_text(&dataset.digest())?;
         match digests.iter().all(|digest| Some(digest) == digests.first()) {
@@ -193,8 +196,8 @@ impl<'a> Setup<'a> {
     fn load(&self, layout: &Layout) -> Result<Shards, TrainError> {
         let state = &self.train.state;
         let root = self.root.as_deref().unwrap_or_else(|| Path::new(&state.root));
-        let store = LocalStore::new(root);
-        let (state, _) = load(state, &LoadOptions::on_host(self.group.rank, &store), None)?;
+        let store = open_root(root).map_err(LoadError::from)?.store;
+        let (state, _) = load(state, &LoadOptions::on_host(self.group.rank, store.as_ref()), None)?;
         Shards::from_state(layout, &state)
     }
 
@@ -256,7 +259,12 @@ impl<'a> Setup<'a> {
         if self.group.rank.0 != 0 {
             return Ok(None);
         }
-        let directory = self.root.as_deref().map(|root| root.join("metrics"));
+        // Files that grow line by line cannot lie in an object store.
+        let local = self.root.as_deref().filter(|root| !is_remote(root));
+        if local.is_none() && self.root.is_some() {
+            tracing::info!("the checkpoints are remote: the run's metrics go to this log alone");
+        }
+        let directory = local.map(|root| root.join("metrics"));
         Reporter::open(directory.as_deref(), (step, total_steps), self.control.clone()).map(Some)
     }
 }

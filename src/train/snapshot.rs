@@ -13,7 +13,7 @@ use crate::checkpoint::{CheckpointError, WriteRequest, write_shard};
 use crate::manifest::TrainingState;
 use crate::plan::LoadPlan;
 use crate::state::StateDict;
-use crate::store::LocalStore;
+use crate::store::open_root;
 use crate::tasks::spawn_thread;
 use crate::types::Step;
 
@@ -113,10 +113,12 @@ fn write(plan: &LoadPlan, snapshot: &Snapshot, control: &Control, tell: &Tell) -
             Some(Next::Committed) => return true,
             None => return false,
         };
-        let store = LocalStore::new(&grant.root);
-        let request = WriteRequest { plan, state: &snapshot.state, store: &store, directory: &grant.directory, step };
         crate::faults::point("train.write");
-        match write_shard(&request, &|_| {}) {
+        let written = open_root(&grant.root).map_err(CheckpointError::from).and_then(|root| {
+            let (state, store, directory) = (&snapshot.state, root.store.as_ref(), grant.directory.as_str());
+            write_shard(&WriteRequest { plan, state, store, directory, step }, &|_| {})
+        });
+        match written {
             Ok(mut receipt) => {
                 receipt.training.clone_from(&snapshot.training);
                 done = Some(grant.clone());

@@ -17,7 +17,7 @@ use crate::load::{Cancel, LoadError, LoadOptions, LoadReport, load};
 use crate::manifest::ShardReceipt;
 use crate::plan::{LoadPlan, Strategy};
 use crate::state::StateDict;
-use crate::store::LocalStore;
+use crate::store::{StoreError, open_root};
 use crate::train::{Control, Grant, News, TrainError, TrainRequest, train};
 use crate::types::{Attempt, DeviceWish, Rank, Step};
 
@@ -154,13 +154,13 @@ impl DataThread {
         let LoadCommand { plan, root, meeting } = command;
         let group = meeting.group;
         self.watched.total_bytes.store(plan.kept_bytes(group.rank), Ordering::Relaxed);
-        let store = LocalStore::new(root.as_deref().unwrap_or_else(|| Path::new(&plan.root)));
+        let files = open_root(root.as_deref().unwrap_or_else(|| Path::new(&plan.root))).map_err(store_failure)?;
         let device = placed(self.offer.device, &plan, group.rank)?;
         let mut options = LoadOptions {
             device,
             cancel: self.watched.cancel.clone(),
             done_bytes: self.watched.done_bytes.clone(),
-            ..LoadOptions::on_host(group.rank, &store)
+            ..LoadOptions::on_host(group.rank, files.store.as_ref())
         };
         let exchanges = plan.strategy != Strategy::Full;
         let alone = group.world.get() == 1 || (!exchanges && plan.train.is_none());
@@ -183,7 +183,7 @@ impl DataThread {
             }
         };
         let (state, mut report) = loaded.map_err(|error| load_failure(&error, group.rank))?;
-        report.storage_bytes = store.read_counter().bytes();
+        report.storage_bytes = files.read.bytes();
         report.peak_resident_bytes = peak_resident_bytes();
         report.backend = backend.to_owned();
         if let Some(traffic) = traffic {
@@ -237,11 +237,12 @@ impl DataThread {
         };
         let held = self.held.as_ref().ok_or_else(|| internal("told to save before it has loaded"))?;
         let (plan, state) = (&held.plan, &held.state);
-        let store = LocalStore::new(&command.root);
+        let store = open_root(&command.root).map_err(store_failure)?.store;
         let total = crate::checkpoint::data_bytes(plan, state);
         self.watched.done_bytes.store(0, Ordering::Relaxed);
         self.watched.total_bytes.store(total, Ordering::Relaxed);
-        let request = WriteRequest { plan, state, store: &store, directory: &command.directory, step: command.step };
+        let request =
+            WriteRequest { plan, state, store: store.as_ref(), directory: &command.directory, step: command.step };
         let progress = |done| self.watched.done_bytes.store(done, Ordering::Relaxed);
         let receipt = write_shard(&request, &progress).map_err(|error: CheckpointError| Failure {
             message: chain(&error),
@@ -279,6 +280,10 @@ fn outcome_of(told: Result<News, CheckpointError>) -> Outcome {
             Outcome::Failed(Failure { message: chain(&error), exit_code: error.kind().exit_code(), blame: Blame::Own })
         }
     }
+}
+
+fn store_failure(error: StoreError) -> Failure {
+    Failure { message: chain(&error), exit_code: error.kind().exit_code(), blame: Blame::Own }
 }
 
 fn train_failure(error: &TrainError, own: Rank) -> Failure {

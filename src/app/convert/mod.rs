@@ -26,7 +26,7 @@ use crate::manifest::extras;
 use crate::plan::{
     DTypeRule, DeviceRule, LoadPlan, LoadRequest, Part, Placement, PlanError, Quantized, Strategy, plan,
 };
-use crate::store::{LocalStore, NewFile, Store, StoreError, read_small, write_small};
+use crate::store::{LocalStore, NewFile, Store, StoreError, open_root, read_small, write_small};
 use crate::types::{DType, Rank, WorldSize, as_u64, f32Bits};
 
 /// What the unfinished conversion beside the output was asked for.
@@ -124,17 +124,18 @@ pub fn convert_model(
     let part = format!(".{name}.part");
     go_on_with(&beside, &part, &wanted(request, &plan))?;
     let to = LocalStore::new(parent.join(&part));
-    let from = LocalStore::new(&source.root);
+    let from = open_root(&source.root)?.store;
+    let from = from.as_ref();
     let mut kept_files = 0;
     let present = to.list("")?;
     for file in &files {
         if present.contains(&file.name) {
             kept_files += 1;
         } else {
-            write_file(&plan, file, &from, &to)?;
+            write_file(&plan, file, from, &to)?;
         }
     }
-    finish(request, &source, &files, (&from, &to))?;
+    finish(request, &source, &files, (from, &to))?;
     to.remove(REQUEST_FILE)?;
     to.sync_dir("")?;
     crate::faults::point("convert.written");
@@ -167,7 +168,9 @@ fn make_plan(request: &ConvertRequest, source: &ModelSource) -> Result<LoadPlan,
         device: DeviceRule::default(),
         split: Vec::new(),
     };
-    Ok(plan(load, &source.index, &source.skeleton, &source.binding)?)
+    let mut plan = plan(load, &source.index, &source.skeleton, &source.binding)?;
+    plan.versions.clone_from(&source.versions);
+    Ok(plan)
 }
 
 /// What decides every byte of the output.
@@ -193,7 +196,7 @@ fn go_on_with(beside: &LocalStore, part: &str, wanted: &Value) -> Result<(), Sto
 }
 
 /// Makes one file of weights, which is there under its name when it is durable.
-fn write_file(plan: &LoadPlan, file: &OutputFile, from: &LocalStore, to: &LocalStore) -> Result<(), ConvertError> {
+fn write_file(plan: &LoadPlan, file: &OutputFile, from: &dyn Store, to: &LocalStore) -> Result<(), ConvertError> {
     let unfinished = format!("{}.unfinished", file.name);
     to.remove(&unfinished)?;
     let header = file.header();
@@ -244,7 +247,7 @@ fn finish(
     request: &ConvertRequest,
     source: &ModelSource,
     files: &[OutputFile],
-    (from, to): (&LocalStore, &LocalStore),
+    (from, to): (&dyn Store, &LocalStore),
 ) -> Result<(), ConvertError> {
     let present = to.list("")?;
     for name in present.iter().filter(|name| !files.iter().any(|file| file.name == **name) && **name != REQUEST_FILE) {
