@@ -94,6 +94,7 @@ impl ConvertFlags {
 }
 
 pub(super) fn run(flags: &ConvertFlags) -> u8 {
+    super::arm_faults("convert");
     let Some(target) = flags.to else { return from_ckpt(flags) };
     let request = ConvertRequest {
         model: flags.model.clone(),
