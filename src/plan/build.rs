@@ -90,6 +90,12 @@ pub enum PlanError {
         /// The overflow.
         source: ShapeOverflow,
     },
+    /// The placement is by experts, and the model has none.
+    #[error("load.placement: expected shard, replicate or layers, because {model} has no experts, found experts")]
+    NoExperts {
+        /// The model.
+        model: String,
+    },
     /// There is nothing to load.
     #[error("{model} has no tensors")]
     Empty {
@@ -104,6 +110,8 @@ impl Classify for PlanError {
             Self::RankDoesNotFit { .. } | Self::HostDoesNotFit { .. } | Self::DeviceDoesNotFit { .. } => {
                 Kind::Exhausted
             }
+            // A configuration that cannot work, not a bad input.
+            Self::NoExperts { .. } => Kind::Conflict,
             Self::Shape { .. } | Self::Empty { .. } => Kind::Invalid,
         }
     }
@@ -114,7 +122,7 @@ impl Classify for PlanError {
 /// The order of tensors is the skeleton's: as the layers follow one another.
 ///
 /// # Errors
-/// [`PlanError::Empty`] and [`PlanError::Shape`].
+/// [`PlanError::Empty`], [`PlanError::NoExperts`] and [`PlanError::Shape`].
 pub fn plan(
     request: LoadRequest,
     index: &ModelIndex,
@@ -159,8 +167,12 @@ pub(crate) fn assemble(
             .map_err(|source| PlanError::Shape { fqn: tensor.fqn.clone(), source })?;
     }
     assign_readers(&mut tensors, request.strategy, request.world);
-    if request.placement == Placement::Layers {
-        super::layers::assign_owners(&mut tensors, request.world, &request.split);
+    match request.placement {
+        Placement::Layers => super::layers::assign_owners(&mut tensors, request.world, &request.split),
+        Placement::Experts if !super::experts::assign_owners(&mut tensors, request.world) => {
+            return Err(PlanError::NoExperts { model: request.model });
+        }
+        _ => {}
     }
     Ok(LoadPlan {
         version: PLAN_VERSION,
