@@ -116,7 +116,12 @@ fn unsafe_is_confined() {
         let found = text
             .lines()
             .any(|line| line.contains("unsafe {") || line.contains("unsafe impl") || line.contains("unsafe fn"));
-        let allowed = ["device/", "comm/nccl/", "quant/kernels/"].iter().any(|folder| relative.starts_with(folder));
-        assert!(allowed || !found, "{relative} has unsafe code: it belongs in device, comm/nccl or quant/kernels");
+        let allowed = ["device/", "comm/nccl/", "quant/kernels/", "nn/ops/product.rs"]
+            .iter()
+            .any(|folder| relative.starts_with(folder));
+        assert!(
+            allowed || !found,
+            "{relative} has unsafe code: it belongs in device, comm/nccl, quant/kernels or nn/ops/product.rs"
+        );
     }
 }

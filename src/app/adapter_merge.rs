@@ -220,10 +220,11 @@ fn open_base(base: &str, named: &'static str, progress: &dyn Fn(Progress<'_>)) -
         return Err(quantized(method));
     }
     match model.index.tensors.values().find_map(|entry| match &entry.encoding {
-        Encoding::Ggml(_) => Some("GGUF"),
+        Encoding::Ggml(_) => Some("GGUF".to_owned()),
+        Encoding::Packed(packed) => Some(packed.encoding.name()),
         Encoding::Plain => None,
     }) {
-        Some(format) => Err(quantized(format)),
+        Some(format) => Err(quantized(&format)),
         None => Ok(model),
     }
 }

@@ -132,8 +132,8 @@ fn plan(model: &ModelSource, reference: &str, blocks: u32) -> Result<(Expansion,
     if let Some(method) = &config.quant_method {
         return Err(unsuitable(&format!("weights quantized by {method}")));
     }
-    if model.index.tensors.values().any(|entry| entry.encoding != Encoding::Plain) {
-        return Err(unsuitable("GGUF"));
+    if let Some(entry) = model.index.tensors.values().find(|entry| entry.encoding != Encoding::Plain) {
+        return Err(unsuitable(&format!("weights in {}", entry.format_name())));
     }
     let fields: Map<String, Value> = serde_json::from_str(text).map_err(|error| unsuitable(&error.to_string()))?;
     let expansion =

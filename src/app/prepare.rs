@@ -183,6 +183,7 @@ fn request(config: &JobConfig, world: WorldSize, root: &Path, strategy: Strategy
         placement: config.load.placement,
         dtype: config.dtype_rule()?,
         quantization: config.quantization_rule()?,
+        keep_quantized: config.quantization.implied,
         chunking: config.chunking()?,
         digests: config.load.digests,
         device: config.device_rule(),

@@ -3,6 +3,7 @@
 use std::path::{Path, PathBuf};
 
 use crate::error::{Classify, Kind};
+use crate::format::packed::gather;
 use crate::format::{FormatError, GgufHead, ModelIndex, TensorEntry, gguf, parse_index_json};
 use crate::hub::{HubConfig, HubError, ModelKind, Progress, Reference, resolve};
 use crate::load::{ScanError, scan};
@@ -43,6 +44,13 @@ impl ModelSource {
         bytes.resize(as_usize(entry.range.len()), 0);
         from.open(&file.name)?.read_exact_at(entry.range.start(), bytes)
     }
+}
+
+/// The bytes of a tensor.
+fn read_entry(store: &dyn Store, index: &ModelIndex, entry: &TensorEntry) -> Result<Vec<u8>, SourceError> {
+    let mut bytes = vec![0; as_usize(entry.range.len())];
+    store.open(index.file_name(entry.file))?.read_exact_at(entry.range.start(), &mut bytes)?;
+    Ok(bytes)
 }
 
 /// Why a model cannot be opened.
@@ -112,6 +120,7 @@ pub fn open_model(reference: &str, progress: &dyn Fn(Progress<'_>)) -> Result<Mo
         None => None,
     };
     let index = scan(&store, &names, index_json.as_ref())?;
+    let index = gather(index, files.config_json.as_deref(), &mut |index, entry| read_entry(&store, index, entry))?;
     finish(&files.root, files.config_json, index)
 }
 

@@ -107,6 +107,7 @@ pub(super) fn apply_recipe(config: &mut JobConfig) -> Result<(), ConfigError> {
         (Method::Qlora, QuantizationFormat::None) => {
             quantization.format = QuantizationFormat::Nf4;
             quantization.double = true;
+            quantization.implied = true;
         }
         (Method::Qlora, _) | (Method::Full | Method::Lora, QuantizationFormat::None) => {}
         (Method::Lora, _) => return value("train.type", "\"qlora\", because the base is quantized", "\"lora\""),
@@ -117,7 +118,7 @@ pub(super) fn apply_recipe(config: &mut JobConfig) -> Result<(), ConfigError> {
     recipe.base_quantization = match quantization.format {
         QuantizationFormat::Nf4 => Some(FourBitCode::Nf4),
         QuantizationFormat::Fp4 => Some(FourBitCode::Fp4),
-        QuantizationFormat::None | QuantizationFormat::Int8 | QuantizationFormat::Mlx => None,
+        _ => None,
     };
     // The run writes its own checkpoints.
     config.checkpoint.save = false;

@@ -96,7 +96,13 @@ fn extras(tensor: &TensorPlan, nested_offset: Option<f32>, entries: &mut Vec<Ent
         entries.push(Entry { name, dtype, shape, offsets, content: Content::Extra(bytes) });
     };
     match tensor.encoding {
-        Encoding::Plain { .. } | Encoding::Mlx { .. } => {}
+        Encoding::Plain { .. }
+        | Encoding::Mlx { .. }
+        | Encoding::Ggml { .. }
+        | Encoding::Hqq { .. }
+        | Encoding::Gptq { .. }
+        | Encoding::Awq { .. }
+        | Encoding::Fp8 { .. } => {}
         Encoding::Int8 => {
             let module = fqn.strip_suffix(".weight").unwrap_or(fqn);
             extra(format!("{module}.weight_format"), DType::U8, Vec::new(), vec![0]);

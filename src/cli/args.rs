@@ -5,7 +5,8 @@ use std::path::PathBuf;
 use clap::{Args, Parser, Subcommand, ValueEnum};
 use weightcast_launcher::LaunchArgs;
 
-use crate::config::{JobConfig, QuantizationFormat, ResumePolicy};
+use super::quantize::QuantizeFlags;
+use crate::config::{JobConfig, ResumePolicy};
 use crate::plan::{Placement, Strategy};
 use crate::types::{BackendWish, DeviceWish};
 
@@ -230,15 +231,9 @@ pub struct JobOverrides {
     /// What ranks keep: shard, replicate, experts, layers
     #[arg(long, value_parser = parse_placement)]
     pub placement: Option<Placement>,
-    /// Quantize linear layers while loading
-    #[arg(long, value_enum, value_name = "FORMAT")]
-    pub quantize: Option<QuantizationFormat>,
-    /// Quantize the statistics too (nf4, fp4)
-    #[arg(long)]
-    pub double: bool,
-    /// Bits of a code (mlx): 2, 3, 4, 5, 6 or 8
-    #[arg(long, value_name = "N")]
-    pub bits: Option<u8>,
+    /// How it is quantized.
+    #[command(flatten)]
+    pub quantize: QuantizeFlags,
     /// Type of what is not quantized: auto, float32, float16, bfloat16
     #[arg(long, value_name = "DTYPE")]
     pub dtype: Option<String>,
@@ -306,18 +301,16 @@ impl JobOverrides {
         over(self.model, &mut config.model.source);
         over(self.job_name, &mut config.job.name);
         over(self.strategy, &mut config.load.strategy);
-        over(self.bits, &mut config.quantization.bits);
         over(self.dtype, &mut config.load.dtype);
         over(self.reader_threads, &mut config.load.reader_threads);
         over(self.memory_per_rank_mib.map(|mebibytes| mebibytes << 20), &mut config.load.memory_per_rank_bytes);
         over(self.checkpoint_dir, &mut config.checkpoint.directory);
         config.load.placement = self.placement.unwrap_or(config.load.placement);
-        config.quantization.format = self.quantize.unwrap_or(config.quantization.format);
+        self.quantize.apply(&mut config.quantization);
         config.checkpoint.resume = self.resume.unwrap_or(config.checkpoint.resume);
         config.load.device = self.device.unwrap_or(config.load.device);
         config.load.backend = self.backend.unwrap_or(config.load.backend);
         config.load.share_devices |= self.share_devices;
-        config.quantization.double |= self.double;
         config.load.digests |= self.digests;
         config.checkpoint.save |= self.save;
         config.checkpoint.step = self.step.unwrap_or(config.checkpoint.step);

@@ -6,8 +6,8 @@ use clap::Args;
 use serde_json::json;
 
 use super::output::{data, fail, json as print_json};
+use super::quantize::QuantizeFlags;
 use crate::app::{ForwardRequest, forward};
-use crate::config::{QuantizationConfig, QuantizationFormat};
 
 /// `weightcast model forward`
 #[derive(Debug, Args)]
@@ -28,12 +28,9 @@ pub struct ForwardFlags {
     /// A PEFT adapter beside it: a directory or a hub id
     #[arg(long, value_name = "ADAPTER")]
     adapter: Option<String>,
-    /// Quantize linear layers while loading, and compute with what they stand for then
-    #[arg(long, value_enum, value_name = "FORMAT", default_value_t)]
-    quantize: QuantizationFormat,
-    /// Quantize the statistics too (4-bit formats)
-    #[arg(long, requires = "quantize")]
-    double: bool,
+    /// How it is quantized; it is computed with what the quantized weights stand for.
+    #[command(flatten)]
+    quantize: QuantizeFlags,
     /// A safetensors file with "input_ids", int64 [batch, seq]
     #[arg(long, value_name = "PATH")]
     input: PathBuf,
@@ -50,12 +47,10 @@ pub struct ForwardFlags {
 }
 
 pub(super) fn run(flags: &ForwardFlags) -> u8 {
-    let quantization =
-        QuantizationConfig { format: flags.quantize, double: flags.double, ..QuantizationConfig::default() };
     let request = ForwardRequest {
         model: flags.model.clone(),
         adapter: flags.adapter.clone(),
-        quantization,
+        quantization: flags.quantize.config(),
         input: flags.input.clone(),
         output: flags.output.clone(),
         gradients: flags.gradients,

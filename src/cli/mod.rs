@@ -16,6 +16,7 @@ mod model;
 mod output;
 mod plan;
 mod progress;
+mod quantize;
 mod worker;
 
 pub use args::Arguments;

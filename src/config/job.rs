@@ -4,13 +4,12 @@ use std::path::{Path, PathBuf};
 
 use serde::Deserialize;
 
+use super::QuantizationConfig;
 use crate::error::{Classify, Kind};
 use crate::membership::ExitPolicy;
 use crate::plan::{Chunking, DTypeRule, DeviceBudget, DeviceRule, MemoryBudget, Placement, QuantizationRule, Strategy};
-use crate::quant::affine::{CodeBits, MlxRule};
-use crate::quant::{BlockSize, FourBitCode};
 use crate::train::Recipe;
-use crate::types::{BackendWish, DType, DeviceWish, Sharing, as_usize};
+use crate::types::{BackendWish, DType, DeviceWish, Sharing};
 
 /// Source bytes that a reader's thread handles at once, so that source and codes stay in a core's cache between reading
 /// and quantizing. Loading 2 GB of bf16 in NF4, the threads spent in reading and encoding 1.4 to 1.6 s with 256 KiB,
@@ -84,55 +83,6 @@ pub struct LoadConfig {
     /// What moves weights between ranks: `auto` (NCCL between CUDA devices where it can be loaded, else TCP), `nccl`,
     /// `tcp`.
     pub backend: BackendWish,
-}
-
-/// `[quantization]`.
-#[derive(Clone, Debug, Default, PartialEq, Eq, Deserialize)]
-#[serde(deny_unknown_fields, default)]
-pub struct QuantizationConfig {
-    /// The format.
-    pub format: QuantizationFormat,
-    /// Double quantization (4-bit formats).
-    pub double: bool,
-    /// Elements per block (4-bit formats) or group (`mlx`); 64 by default.
-    pub block: Option<u32>,
-    /// Bits of a code (`mlx`): 2, 3, 4, 5, 6 or 8; 4 by default.
-    pub bits: Option<u8>,
-    /// Modules that stay as they are.
-    pub skip: Vec<String>,
-}
-
-impl QuantizationConfig {
-    fn mlx(&self) -> Result<QuantizationRule, ConfigError> {
-        let value = |key, expected, found: String| ConfigError::Value { key, expected, found };
-        if self.double {
-            return Err(value("quantization.double", "false, because the format is mlx", "true".to_owned()));
-        }
-        let (bits, group) = (self.bits.unwrap_or(4), self.block.unwrap_or(64));
-        let bits = CodeBits::new(bits).ok().filter(|bits| bits.get() > 1);
-        let found = || self.bits.unwrap_or(4).to_string();
-        let bits = bits.ok_or_else(|| value("quantization.bits", "2, 3, 4, 5, 6 or 8", found()))?;
-        let rule = MlxRule::new(bits, as_usize(u64::from(group)))
-            .map_err(|_| value("quantization.block", "32, 64 or 128, because the format is mlx", group.to_string()))?;
-        Ok(QuantizationRule::Mlx { rule, skip: self.skip.clone() })
-    }
-}
-
-/// The formats that a load can make.
-#[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Deserialize, clap::ValueEnum)]
-#[serde(rename_all = "lowercase")]
-pub enum QuantizationFormat {
-    /// No quantization.
-    #[default]
-    None,
-    /// 4-bit NormalFloat.
-    Nf4,
-    /// 4-bit float.
-    Fp4,
-    /// LLM.int8 rows.
-    Int8,
-    /// MLX's affine groups.
-    Mlx,
 }
 
 /// `[checkpoint]`.
@@ -242,30 +192,9 @@ impl JobConfig {
     /// What is quantized.
     ///
     /// # Errors
-    /// [`ConfigError::Value`] for a block size or a number of bits that does not exist.
+    /// As [`QuantizationConfig::rule`].
     pub fn quantization_rule(&self) -> Result<QuantizationRule, ConfigError> {
-        let quantization = &self.quantization;
-        let four_bit = |code| {
-            let size = quantization.block.unwrap_or(64);
-            let block = BlockSize::new(size).map_err(|_| ConfigError::Value {
-                key: "quantization.block",
-                expected: "a power of two from 32 to 4096",
-                found: size.to_string(),
-            })?;
-            let (nested, skip) = (quantization.double, quantization.skip.clone());
-            Ok(QuantizationRule::FourBit { code, block, nested, skip })
-        };
-        if let (Some(bits), true) = (quantization.bits, quantization.format != QuantizationFormat::Mlx) {
-            let (key, expected) = ("quantization.bits", "nothing, because the format has its own; it is for mlx");
-            return Err(ConfigError::Value { key, expected, found: bits.to_string() });
-        }
-        match quantization.format {
-            QuantizationFormat::Mlx => quantization.mlx(),
-            QuantizationFormat::None => Ok(QuantizationRule::None),
-            QuantizationFormat::Nf4 => four_bit(FourBitCode::Nf4),
-            QuantizationFormat::Fp4 => four_bit(FourBitCode::Fp4),
-            QuantizationFormat::Int8 => Ok(QuantizationRule::Int8 { skip: quantization.skip.clone() }),
-        }
+        self.quantization.rule()
     }
 
     /// Sizes of chunks; as many reader threads as there are processors, four at most.
@@ -310,7 +239,9 @@ impl JobConfig {
 
 #[cfg(test)]
 mod tests {
+    use super::super::QuantizationFormat;
     use super::*;
+    use crate::quant::{BlockSize, FourBitCode};
 
     #[test]
     fn a_whole_job_file_is_read() {

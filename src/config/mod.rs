@@ -5,11 +5,10 @@
 
 mod environment;
 mod job;
+mod quantization;
 
 pub use environment::{
     EnvironmentError, WorkerEnvironment, available_memory_bytes, host_name, runtime_directory, variable,
 };
-pub use job::{
-    CheckpointConfig, ConfigError, JobConfig, JobSection, LoadConfig, ModelSection, QuantizationConfig,
-    QuantizationFormat, ResumePolicy,
-};
+pub use job::{CheckpointConfig, ConfigError, JobConfig, JobSection, LoadConfig, ModelSection, ResumePolicy};
+pub use quantization::{QuantizationConfig, QuantizationFormat};

@@ -135,6 +135,18 @@ pub enum FormatError {
         /// The overflow.
         source: ShapeOverflow,
     },
+    /// A component of a quantized tensor is not as its tool writes it.
+    #[error("{tensor}: {what}: expected {expected}, found {found}")]
+    Packed {
+        /// The tensor, or config.json.
+        tensor: String,
+        /// Which part of it.
+        what: &'static str,
+        /// What it should be.
+        expected: String,
+        /// What it is.
+        found: String,
+    },
     /// Two tensors share bytes.
     #[error("{file}: tensor {tensor} at {range} overlaps {previous}, which ends at {expected_start}")]
     Overlap {

@@ -101,7 +101,7 @@ impl ModelIndex {
     /// The bytes of all tensors as they are stored.
     #[must_use]
     pub fn total_bytes(&self) -> u64 {
-        self.tensors.values().map(|tensor| tensor.range.len()).sum()
+        self.tensors.values().map(TensorEntry::stored_bytes).sum()
     }
 
     /// The name of a file, for messages; empty when `file` is no index into [`ModelIndex::files`].

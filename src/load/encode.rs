@@ -7,8 +7,8 @@ use super::report::{Meters, timed};
 use super::source::Files;
 use crate::format::Encoding as SourceEncoding;
 use crate::plan::{Encoding, Input, SourceSpan, TensorPlan};
-use crate::quant::affine::MlxRule;
-use crate::quant::pack::pack_bit_stream;
+use crate::quant::affine::{GroupAxis, HqqRule, MlxRule, quantize_hqq};
+use crate::quant::pack::{HqqPacking, pack_bit_stream};
 use crate::quant::{FourBit, Kernels, QuantError, Source};
 use crate::types::{DType, as_u64, as_usize};
 
@@ -40,9 +40,7 @@ impl Encoder<'_> {
     ) -> Result<(), LoadError> {
         let dtype = self.read_elements(tensor, span, scratch, &mut out.weight)?;
         let (len, weight_len) = (span.elements.len(), as_usize(span.weight.len()));
-        if let Encoding::Plain { dtype: to } = tensor.encoding
-            && to == dtype
-        {
+        if tensor.input.is_as_it_is(tensor.encoding) {
             // As it was: the bytes read are the result.
             std::mem::swap(scratch, &mut out.weight);
             out.statistics.clear();
@@ -87,7 +85,45 @@ impl Encoder<'_> {
                 self.kernels.quantize_int8_rows(source, columns, &mut out.weight, &mut out.statistics)
             }
             Encoding::Mlx { rule, .. } => self.quantize_mlx(rule, (source, values), out),
+            Encoding::Hqq { bits, group, axis, .. } => {
+                self.quantize_hqq((HqqRule::new(bits, as_usize(u64::from(group))), axis), (source, values), out)
+            }
+            Encoding::Ggml { ggml_type } => {
+                out.statistics.clear();
+                let values = self.widen(source, values)?;
+                crate::format::quantize(ggml_type, &values, &mut out.weight)
+                    .map_err(|error| QuantError::Blocks { what: error.to_string() })?;
+                Ok(not_finite(&values))
+            }
+            Encoding::Gptq { .. } | Encoding::Awq { .. } | Encoding::Fp8 { .. } => {
+                Err(QuantError::ReadOnly { format: tensor.encoding.name() })
+            }
         }
+    }
+
+    fn widen(&self, source: Source<'_>, count: usize) -> Result<Vec<f32>, QuantError> {
+        let mut values = vec![0.0_f32; count];
+        self.kernels.convert(source, DType::F32, bytemuck::cast_slice_mut(&mut values))?;
+        Ok(values)
+    }
+
+    /// A whole tensor. Statistics are scale and zero of each group in turn.
+    fn quantize_hqq(
+        &self,
+        (rule, axis): (HqqRule, GroupAxis),
+        (source, count): (Source<'_>, usize),
+        out: &mut Encoded,
+    ) -> Result<u64, QuantError> {
+        let values = self.widen(source, count)?;
+        let solver = quantize_hqq(self.kernels, rule, axis, &values)?;
+        let mut codes = vec![0; count];
+        solver.codes(&mut codes)?;
+        let (groups, group) = (count / rule.group.max(1), rule.group);
+        let (rows, columns) = if axis == GroupAxis::Runs { (groups, group) } else { (group, groups) };
+        HqqPacking::new(rule.bits, rows, columns)?.pack(&codes, &mut out.weight)?;
+        out.statistics.clear();
+        out.statistics.extend(solver.scale().into_iter().zip(solver.zero()).flat_map(|(scale, &zero)| [scale, zero]));
+        Ok(not_finite(&values))
     }
 
     /// Statistics are scale and bias of each group in turn.
@@ -97,15 +133,14 @@ impl Encoder<'_> {
         (source, count): (Source<'_>, usize),
         out: &mut Encoded,
     ) -> Result<u64, QuantError> {
-        let mut values = vec![0.0_f32; count];
-        self.kernels.convert(source, DType::F32, bytemuck::cast_slice_mut(&mut values))?;
+        let values = self.widen(source, count)?;
         let mut codes = vec![0; count];
         let (mut scales, mut biases) = (vec![0.0; count / rule.group()], vec![0.0; count / rule.group()]);
         rule.quantize(&values, &mut codes, &mut scales, &mut biases)?;
         pack_bit_stream(rule.bits(), &codes, &mut out.weight)?;
         out.statistics.clear();
         out.statistics.extend(scales.into_iter().zip(biases).flat_map(<[f32; 2]>::from));
-        Ok(as_u64(values.iter().filter(|value| !value.is_finite()).count()))
+        Ok(not_finite(&values))
     }
 
     /// Fills `scratch` with the span's elements and says their type; `blocks` is scratch for encoded files.
@@ -133,11 +168,12 @@ impl Encoder<'_> {
             SourceEncoding::Ggml(encoding) => {
                 self.read_ggml(tensor, encoding, span, (scratch, blocks))?;
             }
+            SourceEncoding::Packed(_) => return Err(inconsistent("its components are to be copied, not encoded")),
         }
         Ok(*dtype)
     }
 
-    /// Decodes the rows of a span from GGUF blocks into f32, in the order of the Hugging Face model.
+    /// The rows of a span in the order of the Hugging Face model: as they are, or decoded from GGUF blocks into f32.
     fn read_ggml(
         &self,
         tensor: &TensorPlan,
@@ -150,6 +186,14 @@ impl Encoder<'_> {
         let row = tensor.row_elements().max(1);
         let (first, last) = (span.elements.start() / row, span.elements.end() / row);
         let row_bytes = encoding.ggml_type.bytes_for(row).map_err(decode_error)?;
+        if (Encoding::Ggml { ggml_type: encoding.ggml_type }) == tensor.encoding {
+            scratch.resize(as_usize((last - first) * row_bytes), 0);
+            for (index, place) in (first..last).zip(scratch.chunks_exact_mut(as_usize(row_bytes).max(1))) {
+                let offset = range.start() + encoding.source_row(index) * row_bytes;
+                self.files.read(&tensor.fqn, (*file, offset), place, self.meters)?;
+            }
+            return Ok(());
+        }
         let mut values = vec![0.0_f32; as_usize(row)];
         scratch.clear();
         blocks.resize(as_usize(row_bytes), 0);
@@ -163,4 +207,8 @@ impl Encoder<'_> {
         debug_assert_eq!(as_u64(scratch.len()), span.elements.len() * 4, "whole rows of f32");
         Ok(())
     }
+}
+
+fn not_finite(values: &[f32]) -> u64 {
+    as_u64(values.iter().filter(|value| !value.is_finite()).count())
 }

@@ -41,13 +41,7 @@ fn tensor_jobs(plan: &LoadPlan, rank: Rank, index: usize, tensor: &TensorPlan) -
                 .spans(chunk_bytes)
                 .filter_map(|span| {
                     let elements = if all { span.elements } else { span.elements.intersect(mine)? };
-                    let weight = tensor.encoding.part_range(
-                        Part::Weight,
-                        elements,
-                        tensor.row_elements(),
-                        crate::plan::Claim::Kept,
-                    );
-                    Some(Work::Encode(SourceSpan { elements, weight }))
+                    Some(Work::Encode(tensor.span(elements)))
                 })
                 .collect()
         }

@@ -9,6 +9,7 @@
 //! - `LD-3`: what a tensor becomes does not depend on threads, chunks or ranks: chunks are whole blocks, statistics are
 //!   finished over the whole tensor in order.
 
+mod dequantize;
 mod encode;
 mod error;
 mod jobs;
@@ -24,6 +25,7 @@ mod statistics;
 #[cfg(test)]
 mod tests;
 
+pub use dequantize::WholeTensor;
 pub use error::LoadError;
 pub use report::{LoadReport, StageTimes, logical_digests};
 pub use run::{Cancel, LoadOptions, load};

@@ -33,7 +33,8 @@ pub(super) fn finish(
         }
         Encoding::FourBit { .. } => Ok(vec![(1, bytes(statistics))]),
         Encoding::Int8 => Ok(vec![(1, bytes(statistics))]),
-        Encoding::Mlx { dtype, .. } => {
+        Encoding::Ggml { .. } | Encoding::Gptq { .. } | Encoding::Awq { .. } | Encoding::Fp8 { .. } => Ok(Vec::new()),
+        Encoding::Mlx { dtype, .. } | Encoding::Hqq { dtype, .. } => {
             let of = |place: usize| -> Result<Vec<u8>, LoadError> {
                 let values: Vec<u8> = bytes_of(statistics.iter().skip(place).step_by(2));
                 let mut out = vec![0; statistics.len() / 2 * as_usize(dtype.size_bytes())];

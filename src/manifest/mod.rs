@@ -13,7 +13,7 @@ pub use codec::{MAX_MANIFEST_BYTES, ManifestError};
 pub use coverage::CoverageError;
 pub use seal::{SealError, SealRequest, seal};
 
-use crate::plan::{Encoding, Part, Placement, f32Bits};
+use crate::plan::{Encoding, Fp8Scales, Part, Placement, f32Bits};
 use crate::types::{
     Attempt, ByteRange, DType, DigestTable, Fqn, Generation, Rank, Shape, Step, TensorDigest, WorldSize,
 };
@@ -184,19 +184,50 @@ pub struct ReceiptChunk {
     pub chunk: SavedChunk,
 }
 
-/// The name of a component in a shard file, as bitsandbytes or MLX names it.
+/// The name of a component in a shard file, as the format's own tool names it.
 #[must_use]
 pub fn part_name(fqn: &Fqn, encoding: &Encoding, part: Part) -> String {
     let name = fqn.as_str();
+    let module = name.strip_suffix(".weight").unwrap_or(name);
     match (encoding, part) {
-        (_, Part::Weight) => name.to_owned(),
-        (Encoding::Int8, _) => format!("{}.SCB", name.strip_suffix(".weight").unwrap_or(name)),
-        (Encoding::Mlx { .. }, part) => {
-            let end = if part == Part::Scales { "scales" } else { "biases" };
-            format!("{}.{end}", name.strip_suffix(".weight").unwrap_or(name))
+        (Encoding::Hqq { .. }, part) => {
+            let end = match part {
+                Part::Weight => "W_q",
+                Part::Scales => "scale",
+                _ => "zero",
+            };
+            format!("{module}.{end}")
         }
+        (Encoding::Gptq { .. } | Encoding::Awq { .. }, part) => {
+            let end = match part {
+                Part::Weight => "qweight",
+                Part::Zeros => "qzeros",
+                part => statistic(part),
+            };
+            format!("{module}.{end}")
+        }
+        (Encoding::Fp8 { scales: Fp8Scales::Block { .. }, .. }, Part::Scales) => format!("{module}.weight_scale_inv"),
+        (Encoding::Fp8 { .. }, Part::Scales) => format!("{module}.weight_scale"),
+        (_, Part::Weight) => name.to_owned(),
+        (Encoding::Int8, _) => format!("{module}.SCB"),
+        (Encoding::Mlx { .. }, part) => format!("{module}.{}", statistic(part)),
         (_, Part::Absmax) => format!("{name}.absmax"),
         (_, Part::NestedAbsmax) => format!("{name}.nested_absmax"),
-        (_, Part::NestedOffset | Part::RowAbsmax | Part::Scales | Part::Biases) => format!("{name}.nested_offset"),
+        (_, Part::NestedOffset) => format!("{name}.nested_offset"),
+        (_, part) => format!("{name}.{}", statistic(part)),
+    }
+}
+
+/// What the tools call it.
+const fn statistic(part: Part) -> &'static str {
+    match part {
+        Part::Weight => "weight",
+        Part::Absmax | Part::RowAbsmax => "absmax",
+        Part::NestedAbsmax => "nested_absmax",
+        Part::NestedOffset => "nested_offset",
+        Part::Scales => "scales",
+        Part::Biases => "biases",
+        Part::Zeros => "zeros",
+        Part::GroupIndex => "g_idx",
     }
 }

@@ -5,7 +5,7 @@ use std::collections::BTreeMap;
 use serde::Serialize;
 
 use super::{Alias, Binding, Skeleton};
-use crate::format::{Encoding, ModelIndex, TensorEntry};
+use crate::format::{ModelIndex, TensorEntry};
 use crate::types::as_u64;
 
 /// What a model is made of.
@@ -27,7 +27,7 @@ pub struct Inspection {
     /// Bytes of the tensors that are read, as stored.
     pub stored_bytes: u64,
     /// Those bytes by element or block type.
-    pub bytes_by_dtype: BTreeMap<&'static str, u64>,
+    pub bytes_by_dtype: BTreeMap<String, u64>,
     /// Tied names.
     pub tied: Vec<Alias>,
     /// Names in the files that are not read.
@@ -68,11 +68,7 @@ pub fn inspect(skeleton: &Skeleton, index: &ModelIndex, binding: &Binding) -> In
         .collect();
     let mut bytes_by_dtype = BTreeMap::new();
     for entry in &read {
-        let name = match entry.encoding {
-            Encoding::Plain => entry.dtype.name(),
-            Encoding::Ggml(blocks) => blocks.ggml_type.name(),
-        };
-        *bytes_by_dtype.entry(name).or_insert(0) += entry.range.len();
+        *bytes_by_dtype.entry(entry.format_name()).or_insert(0) += entry.stored_bytes();
     }
     Inspection {
         architecture: skeleton.architecture.name(),
@@ -81,7 +77,7 @@ pub fn inspect(skeleton: &Skeleton, index: &ModelIndex, binding: &Binding) -> In
         layers: skeleton.layers(),
         experts: ExpertFigures::new(skeleton),
         files: index.files.len(),
-        stored_bytes: read.iter().map(|entry| entry.range.len()).sum(),
+        stored_bytes: read.iter().map(|entry| entry.stored_bytes()).sum(),
         bytes_by_dtype,
         tied: skeleton.aliases.clone(),
         ignored: binding.ignored.clone(),

@@ -104,7 +104,7 @@ fn tiny_llama_binds() {
     let inspection = inspect(&skeleton, &index, &binding);
     assert_eq!((inspection.parameters, inspection.stored_bytes), (2_755_008, 5_510_016));
     assert_eq!((inspection.layers, inspection.tensors, inspection.files), (6, 56, 3));
-    assert_eq!(inspection.bytes_by_dtype, BTreeMap::from([("BF16", 5_510_016)]));
+    assert_eq!(inspection.bytes_by_dtype, BTreeMap::from([("BF16".to_owned(), 5_510_016)]));
     assert_eq!(inspection.tied[0].target.as_str(), "model.embed_tokens.weight");
     assert!(inspection.ignored.is_empty());
     // The order is that of a forward pass.

@@ -9,7 +9,7 @@ use super::ops::adapter::AdapterSaved;
 use super::ops::attention::{self, AttentionSaved, Qkv};
 use super::ops::fused::{Function, Gradients, apply};
 use super::ops::linear;
-use super::ops::matrix::{Held, Matrix};
+use super::ops::matrix::{self, Held, Matrix};
 use super::ops::norm::NormSaved;
 use super::ops::rotary::Rotation;
 use super::ops::{activation, vector};
@@ -114,7 +114,7 @@ impl Function for BlockFunction {
     fn backward(&self, x: &Tensor, saved: Saved, gradient: &Tensor, found: &mut Gradients) -> Result<Tensor> {
         let (held, given) = (Held::new(x)?, Held::new(gradient)?);
         let (x, given) = (held.data()?, given.data()?);
-        let gradient = Matrix::new(given.to_vec(), saved.middle.columns());
+        let gradient = Matrix::new(matrix::copy(given), saved.middle.columns());
         let normed = self.mlp_backward(&saved.mlp_norm.0, saved.mlp, &gradient, found)?;
         let norm = &self.block.mlp_norm;
         let mut middle = norm::backward(norm, saved.middle.data(), &saved.mlp_norm.1, normed.data(), found)?;
@@ -168,10 +168,10 @@ impl BlockFunction {
         &self,
         (layer, x): (&Linear, &Matrix),
         saved: Option<&AdapterSaved>,
-        gradient: &Matrix,
+        (gradient, onto): (&Matrix, Option<Matrix>),
         found: &mut Gradients,
     ) -> Result<Matrix> {
-        linear::backward(layer, (x, &self.pass), saved, gradient, found)
+        linear::backward(layer, (x, &self.pass), saved, (gradient, onto), found)
     }
 
     fn attend(&self, x: &Matrix, wanted: bool) -> Result<(Matrix, SavedAttention)> {
@@ -203,7 +203,7 @@ impl BlockFunction {
             None => None,
         };
         self.rotate(&mut qkv, 1.0)?;
-        let (mixed, kernel) = attention::forward(&qkv, *shape, &self.pass)?;
+        let (mixed, kernel) = attention::forward(&qkv, *shape, &self.pass);
         let (out, output) = self.linear(output, &mixed, wanted)?;
         Ok((out, SavedAttention { projections, unnormed, qkv, kernel, mixed, output }))
     }
@@ -216,8 +216,8 @@ impl BlockFunction {
         found: &mut Gradients,
     ) -> Result<Matrix> {
         let Attention { projections, head_norms, output, shape } = &self.block.attention;
-        let mixed = self.linear_backward((output, &saved.mixed), saved.output.as_ref(), gradient, found)?;
-        let mut slopes = attention::backward(&saved.qkv, (*shape, &self.pass), &saved.kernel, (&saved.mixed, &mixed))?;
+        let mixed = self.linear_backward((output, &saved.mixed), saved.output.as_ref(), (gradient, None), found)?;
+        let mut slopes = attention::backward(&saved.qkv, (*shape, &self.pass), &saved.kernel, (&saved.mixed, &mixed));
         self.rotate(&mut slopes, -1.0)?;
         if let (Some((query, key)), Some(unnormed)) = (head_norms, &saved.unnormed) {
             let slopes = [&mut slopes.query, &mut slopes.key];
@@ -230,16 +230,13 @@ impl BlockFunction {
         let adapter = |index: usize| saved.projections.get(index).and_then(Option::as_ref);
         match projections {
             Projections::Separate { query, key, value } => {
-                let mut out = self.linear_backward((query, x), adapter(0), &slopes.query, found)?;
-                for (index, layer, slope) in [(1, key, &slopes.key), (2, value, &slopes.value)] {
-                    let part = self.linear_backward((layer, x), adapter(index), slope, found)?;
-                    vector::update(out.data_mut(), part.data(), |out, part| out + part);
-                }
-                Ok(out)
+                let out = self.linear_backward((query, x), adapter(0), (&slopes.query, None), found)?;
+                let out = self.linear_backward((key, x), adapter(1), (&slopes.key, Some(out)), found)?;
+                self.linear_backward((value, x), adapter(2), (&slopes.value, Some(out)), found)
             }
             Projections::Joint(joint) => {
                 let slopes = join([&slopes.query, &slopes.key, &slopes.value]);
-                self.linear_backward((joint, x), adapter(0), &slopes, found)
+                self.linear_backward((joint, x), adapter(0), (&slopes, None), found)
             }
         }
     }
@@ -285,19 +282,17 @@ impl BlockFunction {
             Mlp::Gated { gate, up, down } => (Some(gate), up, down, Gelu::Tanh),
             Mlp::Plain { up, down, gelu } => (None, up, down, *gelu),
         };
-        let inner = self.linear_backward((down, &inner), down_adapter.as_ref(), gradient, found)?;
+        let inner = self.linear_backward((down, &inner), down_adapter.as_ref(), (gradient, None), found)?;
         let (Some(gate), Some(mut gate_slope)) = (gate, saved_gate) else {
             match gelu {
                 Gelu::Tanh => activation::gelu_backward(slope.data_mut(), inner.data()),
                 Gelu::Exact => activation::gelu_exact_backward(slope.data_mut(), inner.data()),
             }
-            return self.linear_backward((up, x), up_adapter.as_ref(), &slope, found);
+            return self.linear_backward((up, x), up_adapter.as_ref(), (&slope, None), found);
         };
         activation::silu_mul_backward(gate_slope.data_mut(), slope.data_mut(), inner.data());
-        let mut out = self.linear_backward((gate, x), gate_adapter.as_ref(), &gate_slope, found)?;
-        let part = self.linear_backward((up, x), up_adapter.as_ref(), &slope, found)?;
-        vector::update(out.data_mut(), part.data(), |out, part| out + part);
-        Ok(out)
+        let out = self.linear_backward((gate, x), gate_adapter.as_ref(), (&gate_slope, None), found)?;
+        self.linear_backward((up, x), up_adapter.as_ref(), (&slope, Some(out)), found)
     }
 }
 

@@ -1,13 +1,13 @@
 //! Making the plan: index, skeleton and rules in, [`LoadPlan`] out, or the reason why not.
 
 use super::{
-    Chunking, DTypeRule, DeviceBudget, DeviceRule, Input, LoadPlan, MemoryBudget, PLAN_VERSION, Placement,
-    QuantizationRule, RankMemory, Strategy, TensorPlan,
+    Chunking, DTypeRule, DeviceBudget, DeviceRule, Encoding, Input, LoadPlan, MemoryBudget, PLAN_VERSION, Placement,
+    QuantizationRule, RankMemory, SourceEncoding, StoredChunk, Strategy, TensorPlan,
 };
 use crate::error::{Classify, Kind};
-use crate::format::ModelIndex;
+use crate::format::{ModelIndex, PackedTensor, TensorEntry};
 use crate::model::{Binding, Role, Skeleton, SkeletonTensor};
-use crate::types::{DType, Fqn, Rank, Shape, ShapeOverflow, WorldSize};
+use crate::types::{ByteRange, Fqn, Rank, Shape, ShapeOverflow, WorldSize};
 
 /// A sharded tensor has at least this many elements; smaller ones cost less to keep everywhere than to gather.
 const SHARD_MIN_ELEMENTS: u64 = 4096;
@@ -31,6 +31,8 @@ pub struct LoadRequest {
     pub dtype: DTypeRule,
     /// What is quantized.
     pub quantization: QuantizationRule,
+    /// Whether weights that are quantized already may stay so although `quantization` says another form.
+    pub keep_quantized: bool,
     /// Sizes of chunks.
     pub chunking: Chunking,
     /// Whether ranks report digests.
@@ -96,6 +98,18 @@ pub enum PlanError {
         /// The model.
         model: String,
     },
+    /// The job asks for another quantization than the weights have.
+    #[error(
+        "tensor {fqn} is quantized already: expected no quantization in the job, or {found}; found {expected} in the job"
+    )]
+    Quantized {
+        /// The tensor.
+        fqn: Fqn,
+        /// How it is quantized.
+        found: String,
+        /// How the job would have it.
+        expected: String,
+    },
     /// There is nothing to load.
     #[error("{model} has no tensors")]
     Empty {
@@ -112,7 +126,7 @@ impl Classify for PlanError {
             }
             // A configuration that cannot work, not a bad input.
             Self::NoExperts { .. } => Kind::Conflict,
-            Self::Shape { .. } | Self::Empty { .. } => Kind::Invalid,
+            Self::Shape { .. } | Self::Quantized { .. } | Self::Empty { .. } => Kind::Invalid,
         }
     }
 }
@@ -130,17 +144,29 @@ pub fn plan(
     binding: &Binding,
 ) -> Result<LoadPlan, PlanError> {
     let mut tensors = Vec::new();
+    let layers = skeleton.layers();
     for tensor in &skeleton.tensors {
         let Some(entry) = binding.source(&tensor.fqn).and_then(|name| index.tensors.get(name)) else { continue };
-        let input = Input::Elements {
-            file: entry.file,
-            range: entry.range,
-            dtype: entry.dtype,
-            encoding: entry.encoding.clone(),
-        };
-        tensors.push(request.tensor(tensor, entry.dtype, input));
+        tensors.push(request.tensor(tensor, layers, entry)?);
     }
     assemble(request, index.files.clone(), tensors, aliases(skeleton))
+}
+
+fn elements(entry: &TensorEntry) -> Input {
+    Input::Elements { file: entry.file, range: entry.range, dtype: entry.dtype, encoding: entry.encoding.clone() }
+}
+
+impl PackedTensor {
+    /// Its components as they are.
+    fn input(&self) -> Input {
+        let part = |&(file, range): &(u32, ByteRange)| vec![StoredChunk { file, range, at: 0 }];
+        let mut parts: Vec<_> = self.parts.iter().map(part).collect();
+        if self.nested_offset.is_some() {
+            // The last component, which is in the plan.
+            parts.push(Vec::new());
+        }
+        Input::Stored { parts, nested_offset: self.nested_offset }
+    }
 }
 
 fn aliases(skeleton: &Skeleton) -> Vec<(Fqn, Fqn)> {
@@ -209,9 +235,25 @@ fn check_devices(needs: &[RankMemory], devices: DeviceBudget) -> Result<(), Plan
 }
 
 impl LoadRequest {
-    fn tensor(&self, tensor: &SkeletonTensor, source: DType, input: Input) -> TensorPlan {
-        let encoding = self.quantization.encoding(&tensor.fqn, &tensor.shape, tensor.role, source, self.dtype);
-        TensorPlan {
+    fn tensor(&self, tensor: &SkeletonTensor, layers: u32, entry: &TensorEntry) -> Result<TensorPlan, PlanError> {
+        let rule = &self.quantization;
+        let wanted = rule.encoding(tensor, layers, entry.dtype, self.dtype);
+        let keep = self.keep_quantized || *rule == QuantizationRule::None;
+        let (encoding, input) = match &entry.encoding {
+            SourceEncoding::Packed(packed) if keep || wanted == packed.encoding => (packed.encoding, packed.input()),
+            SourceEncoding::Packed(packed) => {
+                let (found, expected) = (packed.encoding.name(), wanted.name());
+                return Err(PlanError::Quantized { fqn: tensor.fqn.clone(), found, expected });
+            }
+            // Blocks stay as they are unless another form is asked for.
+            SourceEncoding::Ggml(blocks)
+                if keep && self.dtype == DTypeRule::Keep && blocks.ggml_type.block_elements() > 1 =>
+            {
+                (Encoding::Ggml { ggml_type: blocks.ggml_type }, elements(entry))
+            }
+            SourceEncoding::Ggml(_) | SourceEncoding::Plain => (wanted, elements(entry)),
+        };
+        Ok(TensorPlan {
             fqn: tensor.fqn.clone(),
             shape: tensor.shape.clone(),
             encoding,
@@ -219,7 +261,7 @@ impl LoadRequest {
             owner: None,
             reader: Rank::ZERO,
             input,
-        }
+        })
     }
 
     /// Whether a tensor is cut over the ranks: large matrices are, norms and biases are not.

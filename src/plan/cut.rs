@@ -1,6 +1,6 @@
 //! Cutting tensors over ranks (`PL-2`).
 
-use super::{Claim, Component, LoadPlan, TensorPlan};
+use super::{Claim, Component, Cut, LoadPlan, TensorPlan};
 use crate::types::{ByteRange, Rank, WorldSize};
 
 /// What one rank holds of one component.
@@ -40,6 +40,24 @@ impl TensorPlan {
         ByteRange::new(boundary(rank), boundary(rank + 1)).unwrap_or_default()
     }
 
+    /// The bytes of a component that belong to `rank` when each is cut at rows of its own.
+    fn component_of(&self, component: &Component, rank: Rank, world: WorldSize) -> ByteRange {
+        if let Some(owner) = self.owner {
+            let start = if rank > owner { component.bytes } else { 0 };
+            let end = if rank < owner { 0 } else { component.bytes };
+            return ByteRange::new(start, end).unwrap_or_default();
+        }
+        let rows = component.shape.rows();
+        let row_bytes = component.bytes.checked_div(rows).unwrap_or(0);
+        let boundary = |index: u64| {
+            let wide = u128::from(rows) * u128::from(index) / u128::from(world.get());
+            // The quotient is at most `rows`, so it fits again.
+            u64::try_from(wide).unwrap_or(rows) * row_bytes
+        };
+        let rank = u64::from(rank.0);
+        ByteRange::new(boundary(rank), boundary(rank + 1)).unwrap_or_default()
+    }
+
     /// What `rank` holds of each component, in the components' order.
     #[must_use]
     pub fn holdings(&self, rank: Rank, world: WorldSize) -> Vec<Holding> {
@@ -47,7 +65,10 @@ impl TensorPlan {
         let row = self.row_elements();
         let hold = |component: Component| {
             let whole = ByteRange::new(0, component.bytes).unwrap_or_default();
-            let (kept, owned) = if self.sharded && component.part != super::Part::NestedOffset {
+            let (kept, owned) = if self.sharded && self.encoding.cut() == Cut::Components {
+                let part = self.component_of(&component, rank, world);
+                (part, part)
+            } else if self.sharded && component.part != super::Part::NestedOffset {
                 let range = |claim| self.encoding.part_range(component.part, elements, row, claim);
                 (range(Claim::Kept), range(Claim::Owned))
             } else if self.reader == rank {
@@ -81,8 +102,10 @@ mod tests {
 
     use super::super::{Encoding, Input, Part};
     use super::*;
-    use crate::quant::affine::{CodeBits, MlxRule};
-    use crate::quant::{BlockSize, FourBitCode};
+    use crate::format::GgmlType;
+    use crate::quant::affine::{CodeBits, GroupAxis, MlxRule};
+    use crate::quant::pack::GptqVersion;
+    use crate::quant::{BlockSize, FourBitCode, Fp8Scales};
     use crate::types::{DType, Shape};
 
     fn tensor(shape: Shape, encoding: Encoding) -> TensorPlan {
@@ -106,6 +129,22 @@ mod tests {
             Just(mlx(CodeBits::B3)),
             Just(four_bit(false)),
             Just(four_bit(true)),
+            Just(Encoding::Ggml { ggml_type: GgmlType::Q4_K }),
+            Just(Encoding::Hqq { bits: CodeBits::B4, group: 64, axis: GroupAxis::Runs, dtype: DType::F16 }),
+            Just(Encoding::Hqq { bits: CodeBits::B3, group: 64, axis: GroupAxis::Columns, dtype: DType::F16 }),
+            Just(Encoding::Gptq {
+                bits: CodeBits::B4,
+                group: 64,
+                version: GptqVersion::V1,
+                indexed: true,
+                dtype: DType::F16
+            }),
+            Just(Encoding::Awq { group: 64, dtype: DType::F16 }),
+            Just(Encoding::Fp8 {
+                scales: Fp8Scales::Block { rows: 128, columns: 128 },
+                scale_dtype: DType::F32,
+                dtype: DType::BF16
+            }),
         ]
     }
 
@@ -117,8 +156,12 @@ mod tests {
             rows in 1_u64..400, row in 1_u64..700, world in 1_u32..17, encoding in encodings(),
         ) {
             let world = WorldSize::new(world).expect("not zero");
-            // Rows of MLX are whole groups.
-            let row = if matches!(encoding, Encoding::Mlx { .. }) { row.next_multiple_of(32) } else { row };
+            // Rows of MLX are whole groups, those of GGUF and the packed formats whole blocks.
+            let row = match encoding {
+                Encoding::Mlx { .. } => row.next_multiple_of(32),
+                Encoding::Plain { .. } | Encoding::Int8 | Encoding::FourBit { .. } => row,
+                _ => row.next_multiple_of(256),
+            };
             let tensor = tensor([rows, row].into(), encoding);
             for (index, component) in tensor.components().into_iter().enumerate() {
                 if component.part == Part::NestedOffset {

@@ -4,15 +4,15 @@
 //! Refuses to know: files, sockets, threads; a plan is data.
 //!
 //! Invariants:
-//! - `PL-1`: the components of an encoding depend on the shape alone (`encoding`).
+//! - `PL-1`: the components of an encoding depend on the shape alone (`quant::Encoding`).
 //! - `PL-2`: the kept ranges of all ranks cover every component; the owned ranges cover it exactly once (`cut`).
 //! - `PL-3`: the sequence of pieces is a function of the plan alone, so every rank walks the same one (`pieces`).
 //! - `PL-4`: an expert's matrices have one owner, a function of the expert's number and the number of ranks (`experts`).
 
 mod build;
 mod cut;
-mod encoding;
 mod experts;
+mod ggml_mix;
 mod layers;
 mod memory;
 mod pieces;
@@ -25,7 +25,7 @@ use serde::{Deserialize, Serialize};
 pub(crate) use build::assemble;
 pub use build::{LoadRequest, PlanError, plan};
 pub use cut::Holding;
-pub use encoding::{Claim, Component, Encoding, NESTED_BLOCK, Part};
+pub use ggml_mix::GgmlMix;
 pub use memory::{
     ARENA_ALIGN_BYTES, CUDA_CONTEXT_BYTES, CUDA_HOST_BYTES, DeviceBudget, DeviceRule, MemoryBudget,
     PROCESS_OVERHEAD_BYTES, RankMemory, STAGING_BYTES, aligned,
@@ -36,6 +36,8 @@ pub use train::{Resumed, TrainPlan, exp_avg, exp_avg_sq, state_plan};
 pub use train_memory::{StepSizes, TrainMemory};
 
 use crate::format::{Encoding as SourceEncoding, FileEntry};
+pub use crate::quant::{Claim, Component, Cut, Encoding, Fp8Scales, Part};
+pub use crate::types::f32Bits;
 use crate::types::{ByteRange, DType, DigestTable, Fqn, Rank, Shape, WorldSize};
 
 /// The version of the plan's own form; ranks of another version refuse it.
@@ -159,11 +161,25 @@ pub enum Input {
     },
 }
 
-/// An f32 by its bits, so that plans compare and hash exactly.
-#[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize, Deserialize)]
-#[serde(transparent)]
-#[expect(non_camel_case_types, reason = "it stands for the primitive type")]
-pub struct f32Bits(pub u32);
+impl Input {
+    /// Whether the file has the bytes of `encoding` already, for a tensor that is read as elements.
+    #[must_use]
+    pub fn is_as_it_is(&self, encoding: Encoding) -> bool {
+        match (self, encoding) {
+            (Self::Elements { dtype, encoding: SourceEncoding::Plain, .. }, Encoding::Plain { dtype: to }) => {
+                *dtype == to
+            }
+            // Blocks decode to f32.
+            (Self::Elements { encoding: SourceEncoding::Ggml(blocks), .. }, Encoding::Ggml { ggml_type }) => {
+                blocks.ggml_type == ggml_type
+            }
+            (Self::Elements { encoding: SourceEncoding::Ggml(_), .. }, Encoding::Plain { dtype: to }) => {
+                to == DType::F32
+            }
+            _ => false,
+        }
+    }
+}
 
 /// A contiguous part of a component in a file.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize, Deserialize)]

@@ -37,32 +37,45 @@ pub struct Piece {
 
 impl TensorPlan {
     /// The source spans of the tensor, in order; together all elements, none twice.
-    pub fn spans(&self, chunk_bytes: u64) -> impl Iterator<Item = SourceSpan> {
+    pub fn spans(&self, chunk_bytes: u64) -> impl Iterator<Item = SourceSpan> + '_ {
         let elements = self.elements();
         let step = self.span_elements(chunk_bytes);
-        let row = self.row_elements();
-        let encoding = self.encoding;
         (0..elements.div_ceil(step)).map(move |index| {
             let end = (index + 1).saturating_mul(step).min(elements);
-            let elements = ByteRange::new(index * step, end).unwrap_or_default();
-            SourceSpan { elements, weight: encoding.part_range(Part::Weight, elements, row, super::Claim::Kept) }
+            self.span(ByteRange::new(index * step, end).unwrap_or_default())
         })
+    }
+
+    /// The span of `elements`, which are whole blocks, or all elements where the encoding is made at once.
+    #[must_use]
+    pub fn span(&self, elements: ByteRange) -> SourceSpan {
+        let weight = if self.encoding.is_made_at_once() {
+            let whole = self.components().into_iter().find(|component| component.part == Part::Weight);
+            ByteRange::new(0, whole.map_or(0, |whole| whole.bytes)).unwrap_or_default()
+        } else {
+            self.encoding.part_range(Part::Weight, elements, self.row_elements(), super::Claim::Kept)
+        };
+        SourceSpan { elements, weight }
     }
 
     /// Elements per span: whole blocks, and whole rows where a row cannot be cut.
     fn span_elements(&self, chunk_bytes: u64) -> u64 {
         let (element_bytes, whole_rows) = match &self.input {
             Input::Elements { dtype, encoding, .. } => {
-                (dtype.size_bytes(), self.encoding == Encoding::Int8 || *encoding != SourceEncoding::Plain)
+                let rows = matches!(self.encoding, Encoding::Int8 | Encoding::Ggml { .. });
+                (dtype.size_bytes(), rows || *encoding != SourceEncoding::Plain)
             }
             Input::Stored { .. } => (1, false),
         };
+        if self.encoding.is_made_at_once() {
+            return self.elements().max(1);
+        }
         let wanted = (chunk_bytes / element_bytes).max(1);
         let granule = match self.encoding {
             _ if whole_rows => self.row_elements().max(1),
             Encoding::FourBit { block, .. } => u64::from(block.get()),
             Encoding::Mlx { rule, .. } => crate::types::as_u64(rule.group()),
-            Encoding::Plain { .. } | Encoding::Int8 => 1,
+            _ => 1,
         };
         // Rows of blocks must also be whole blocks; the row granule says how many rows that takes.
         let granule = if whole_rows { granule * self.encoding.row_granule(self.row_elements()) } else { granule };
@@ -94,19 +107,34 @@ impl LoadPlan {
     /// The most bytes that a reader has in flight: source and result of each thread, and the queue of results.
     #[must_use]
     pub fn window_bytes(&self) -> u64 {
-        let span = |tensor: &TensorPlan| {
-            let elements = tensor.span_elements(self.chunking.chunk_bytes).min(tensor.elements());
-            let element_bytes = match &tensor.input {
-                Input::Elements { dtype, .. } => dtype.size_bytes(),
-                Input::Stored { .. } => 1,
-            };
-            // The source and, beside it, its packed form with statistics, at most as large as the source in f32.
-            elements * element_bytes + elements * 4
-        };
-        let largest = self.tensors.iter().map(span).max().unwrap_or(0);
+        let (mut thread, mut queued) = (0, 0);
+        for tensor in &self.tensors {
+            let (at_work, done) = tensor.in_flight(self.chunking.chunk_bytes);
+            (thread, queued) = (at_work.max(thread), done.max(queued));
+        }
         let statistics = self.tensors.iter().map(statistics_bytes).max().unwrap_or(0);
-        let buffers = u64::from(self.chunking.reader_threads) + u64::from(self.chunking.queue_chunks);
-        largest * buffers + statistics
+        let (threads, chunks) = (u64::from(self.chunking.reader_threads), u64::from(self.chunking.queue_chunks));
+        thread * threads + queued * chunks + statistics
+    }
+}
+
+impl TensorPlan {
+    /// The most bytes that a thread has of one chunk, and that a result in the queue has.
+    fn in_flight(&self, chunk_bytes: u64) -> (u64, u64) {
+        let (element_bytes, stored) = match &self.input {
+            Input::Elements { dtype, .. } => (dtype.size_bytes(), false),
+            Input::Stored { .. } => (1, true),
+        };
+        if self.encoding.is_made_at_once() && !stored {
+            let all: u64 = self.components().iter().map(|component| component.bytes).sum();
+            // The source, twice in f32, and the codes.
+            return (self.elements().saturating_mul(element_bytes + 9) + all, all);
+        }
+        let span = if stored { chunk_bytes } else { self.span_elements(chunk_bytes) };
+        let elements = span.min(self.elements());
+        // The source and, beside it, its packed form with statistics, at most as large as the source in f32.
+        let bytes = elements * element_bytes + elements * 4;
+        (bytes, bytes)
     }
 }
 
@@ -118,5 +146,7 @@ fn statistics_bytes(tensor: &TensorPlan) -> u64 {
         Encoding::Int8 => tensor.shape.rows() * 4,
         // A scale and a bias as computed, and once more as written.
         Encoding::Mlx { rule, .. } => tensor.elements() / crate::types::as_u64(rule.group()) * 16,
+        Encoding::Hqq { group, .. } => tensor.elements() / u64::from(group.max(1)) * 16,
+        Encoding::Ggml { .. } | Encoding::Gptq { .. } | Encoding::Awq { .. } | Encoding::Fp8 { .. } => 0,
     }
 }

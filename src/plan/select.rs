@@ -2,11 +2,12 @@
 
 use serde::{Deserialize, Serialize};
 
-use super::Encoding;
-use crate::model::Role;
-use crate::quant::affine::MlxRule;
+use super::{Encoding, GgmlMix};
+use crate::model::{Role, SkeletonTensor};
+use crate::quant::affine::{CodeBits, GroupAxis, MlxRule};
+use crate::quant::pack::HqqPacking;
 use crate::quant::{BlockSize, FourBitCode};
-use crate::types::{DType, Fqn, Shape, as_u64};
+use crate::types::{DType, Shape, as_u64, as_usize};
 
 /// The element type of tensors that are not quantized.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
@@ -59,16 +60,35 @@ pub enum QuantizationRule {
         /// As above.
         skip: Vec<String>,
     },
+    /// HQQ's codes for linear layers whose elements are whole groups that fill their words.
+    Hqq {
+        /// Bits of a code.
+        bits: CodeBits,
+        /// Elements per group.
+        group: u32,
+        /// How the groups lie.
+        axis: GroupAxis,
+        /// As above.
+        skip: Vec<String>,
+    },
+    /// Blocks of GGUF for linear layers whose rows are whole blocks of 32 or 256.
+    Ggml {
+        /// Which type of blocks.
+        mix: GgmlMix,
+        /// As above.
+        skip: Vec<String>,
+    },
 }
 
 impl QuantizationRule {
-    /// The encoding of a tensor: linear layers' matrices by the format, all else plain. Embeddings, norms, biases and
+    /// The encoding of a tensor of a model with `layers` layers: linear layers' matrices by the format, all else plain. Embeddings, norms, biases and
     /// the head are never quantized, as in transformers with bitsandbytes.
     #[must_use]
-    pub fn encoding(&self, fqn: &Fqn, shape: &Shape, role: Role, source: DType, dtype: DTypeRule) -> Encoding {
+    pub fn encoding(&self, tensor: &SkeletonTensor, layers: u32, source: DType, dtype: DTypeRule) -> Encoding {
+        let SkeletonTensor { fqn, shape, role, .. } = tensor;
         let kept = dtype.apply(source);
         let eligible = |skip: &[String]| {
-            role == Role::Linear
+            *role == Role::Linear
                 && shape.dims() == 2
                 && source.is_weight_float()
                 && !skip.iter().any(|module| fqn.as_str().contains(module.as_str()))
@@ -81,9 +101,28 @@ impl QuantizationRule {
             Self::Mlx { rule, skip } if eligible(skip) && row_is_whole(shape, *rule) => {
                 Encoding::Mlx { rule: *rule, dtype: kept }
             }
+            Self::Hqq { bits, group, axis, skip } if eligible(skip) && fills_words(shape, (*bits, *group, *axis)) => {
+                Encoding::Hqq { bits: *bits, group: *group, axis: *axis, dtype: kept }
+            }
+            Self::Ggml { mix, skip } if eligible(skip) => {
+                let columns = shape.0.last().copied().unwrap_or(0);
+                let plain = Encoding::Plain { dtype: kept };
+                mix.ggml_type(fqn, columns, layers).map_or(plain, |ggml_type| Encoding::Ggml { ggml_type })
+            }
             _ => Encoding::Plain { dtype: kept },
         }
     }
+}
+
+/// Whether the elements are whole groups, and the matrix of groups has as many rows as its packing wants.
+fn fills_words(shape: &Shape, (bits, group, axis): (CodeBits, u32, GroupAxis)) -> bool {
+    let elements = as_usize(shape.elements().unwrap_or(0));
+    let group = as_usize(u64::from(group));
+    let Some(groups) = elements.checked_div(group).filter(|groups| groups * group == elements && *groups > 0) else {
+        return false;
+    };
+    let (rows, columns) = if axis == GroupAxis::Runs { (groups, group) } else { (group, groups) };
+    HqqPacking::new(bits, rows, columns).is_ok()
 }
 
 fn row_is_whole(shape: &Shape, rule: MlxRule) -> bool {

@@ -101,6 +101,18 @@ pub enum QuantError {
         /// How many there are.
         bound: usize,
     },
+    /// A library's blocks cannot be made or read.
+    #[error("blocks: {what}")]
+    Blocks {
+        /// What is wrong.
+        what: String,
+    },
+    /// A format that this build reads and does not make.
+    #[error("{format} is read as it is, and not made here")]
+    ReadOnly {
+        /// The format.
+        format: String,
+    },
     /// A dynamic map that is not ascending or not finite.
     #[error("dynamic map: expected 256 finite ascending values, found a break at index {index}")]
     UnsortedMap {

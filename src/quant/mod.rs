@@ -28,6 +28,7 @@
 
 pub mod affine;
 mod convert;
+mod encoding;
 mod error;
 mod four_bit;
 pub mod fp8;
@@ -41,6 +42,7 @@ mod state;
 #[cfg(test)]
 mod tests;
 
+pub use encoding::{Claim, Component, Cut, Encoding, Fp8Scales, Part};
 pub use error::QuantError;
 pub use four_bit::{BlockSize, FourBit, FourBitCode};
 pub use kernels::Kernels;

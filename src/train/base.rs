@@ -1,6 +1,6 @@
 //! The frozen base: gathered from the ranks block by block, turned into f32, and let go again.
 //!
-//! Owns: the gather (one collective per block) and the dequantization on all cores. Refuses to know: what is computed.
+//! Owns: the gather (one collective per block). Refuses to know: what is computed.
 //!
 //! `BW-1`: a block's collective is made by every rank, also by one that has nothing to compute (`TR-1`).
 
@@ -8,21 +8,16 @@ use std::borrow::Cow;
 use std::collections::BTreeMap;
 
 use candle_core::Tensor;
-use rayon::prelude::*;
 
+use crate::load::WholeTensor;
 use crate::nn::FrozenWeight;
-use crate::plan::{Encoding, LoadPlan, Part};
-use crate::quant::affine::{AffineGroups, GroupAxis, Offset};
-use crate::quant::pack::{bit_stream_bytes, unpack_bit_stream};
-use crate::quant::{DynamicMap, FourBit, Kernels, NestedStatistics, QuantError, Source};
+use crate::plan::{LoadPlan, Part};
+use crate::quant::Kernels;
 use crate::state::StateDict;
-use crate::types::{DType, Fqn, TensorDigest, as_usize};
+use crate::types::{Fqn, TensorDigest, as_usize};
 
 use super::TrainError;
 use super::exchange::Exchange;
-
-/// Elements that one thread dequantizes at a time; a multiple of every block size.
-const CHUNK_ELEMENTS: usize = 1 << 16;
 
 /// The base as this rank holds it.
 pub(super) struct Base<'a> {
@@ -194,73 +189,12 @@ impl<'a> Base<'a> {
     /// The f32 values of a tensor from its whole components.
     fn values(&self, tensor: usize, parts: &[Cow<'_, [u8]>]) -> Result<Vec<f32>, TrainError> {
         let planned = &self.plan.tensors[tensor];
-        let failed = |error: crate::quant::QuantError| TrainError::Weight {
-            fqn: planned.fqn.clone(),
-            reason: error.to_string(),
-        };
-        let kernels = self.kernels;
-        let part = |index: usize| parts.get(index).map_or(&[][..], |part| part.as_ref());
-        let mut values = vec![0_f32; as_usize(planned.elements())];
-        let chunks = values.par_chunks_mut(CHUNK_ELEMENTS).enumerate();
-        match planned.encoding {
-            Encoding::Plain { dtype } => {
-                let size = as_usize(dtype.size_bytes());
-                chunks.try_for_each(|(index, out)| {
-                    let start = index * CHUNK_ELEMENTS * size;
-                    let bytes = part(0).get(start..start + out.len() * size).unwrap_or_default();
-                    kernels.convert(Source::new(dtype, bytes)?, DType::F32, bytemuck::cast_slice_mut(out))
-                })
-            }
-            Encoding::FourBit { code, block, nested, .. } => {
-                let absmax = if nested {
-                    let codes = part(1);
-                    let mut absmax = vec![0_f32; codes.len()];
-                    let nested_absmax: Vec<f32> = bytemuck::pod_collect_to_vec(part(2));
-                    let offset = self.state.nested_offset(tensor)?.map_or(0.0, |bits| f32::from_bits(bits.0));
-                    let map = &DynamicMap::standard();
-                    let statistics =
-                        NestedStatistics { codes, first_block: 0, nested_absmax: &nested_absmax, offset, map };
-                    statistics.dequantize(&mut absmax).map_err(failed)?;
-                    absmax
-                } else {
-                    bytemuck::pod_collect_to_vec(part(1))
-                };
-                let (format, block) = (FourBit { code, block }, as_usize(u64::from(block.get())));
-                chunks.try_for_each(|(index, out)| {
-                    let start = index * CHUNK_ELEMENTS;
-                    let packed = part(0).get(start / 2..start / 2 + out.len().div_ceil(2)).unwrap_or_default();
-                    let blocks = start / block..start / block + out.len().div_ceil(block);
-                    kernels.dequantize_4bit(format, packed, absmax.get(blocks).unwrap_or_default(), out)
-                })
-            }
-            Encoding::Mlx { rule, dtype } => {
-                let scales = self.widened(dtype, part(1)).map_err(failed)?;
-                let biases = self.widened(dtype, part(2)).map_err(failed)?;
-                let groups = AffineGroups::new(GroupAxis::Runs, rule.group(), &scales, Offset::Bias(&biases));
-                groups.and_then(|groups| {
-                    chunks.try_for_each_init(Vec::new, |codes, (index, out)| {
-                        let start = index * CHUNK_ELEMENTS;
-                        codes.resize(out.len(), 0);
-                        let bytes =
-                            bit_stream_bytes(rule.bits(), start)?..bit_stream_bytes(rule.bits(), start + out.len())?;
-                        unpack_bit_stream(rule.bits(), part(0).get(bytes).unwrap_or_default(), codes)?;
-                        groups.dequantize(start, codes, out)
-                    })
-                })
-            }
-            Encoding::Int8 => {
-                let columns = as_usize(planned.row_elements());
-                let scales: Vec<f32> = bytemuck::pod_collect_to_vec(part(1));
-                kernels.dequantize_int8_rows(columns, part(0), &scales, &mut values)
-            }
-        }
-        .map_err(failed)?;
-        Ok(values)
-    }
-
-    fn widened(&self, dtype: DType, bytes: &[u8]) -> Result<Vec<f32>, QuantError> {
-        let mut values = vec![0.0_f32; bytes.len() / as_usize(dtype.size_bytes()).max(1)];
-        self.kernels.convert(Source::new(dtype, bytes)?, DType::F32, bytemuck::cast_slice_mut(&mut values))?;
-        Ok(values)
+        let parts: Vec<&[u8]> = parts.iter().map(AsRef::as_ref).collect();
+        let nested_offset = self.state.nested_offset(tensor)?;
+        let (encoding, shape) = (planned.encoding, &planned.shape);
+        let whole = WholeTensor { encoding, shape, parts: &parts, nested_offset };
+        whole
+            .dequantize(self.kernels)
+            .map_err(|error| TrainError::Weight { fqn: planned.fqn.clone(), reason: error.to_string() })
     }
 }

@@ -14,7 +14,7 @@ mod wish;
 pub use digest::{BlockDigests, DIGEST_BLOCK_BYTES, DigestTable, TensorDigest, crc32c};
 pub use dtype::{DType, UnknownDType};
 pub use ids::{Attempt, Fqn, Generation, JobId, Rank, Step, WorldSize, ZeroWorld};
-pub use num::{as_f64, as_u64, as_usize};
+pub use num::{as_f64, as_u64, as_usize, f32Bits};
 pub use range::ByteRange;
 pub use shape::{Shape, ShapeOverflow};
 pub use wish::{BackendWish, DeviceWish, Sharing};

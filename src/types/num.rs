@@ -1,4 +1,6 @@
-//! Conversions between `u64` and `usize` that cannot lose bits on the platforms we build for.
+//! Conversions between numbers that cannot lose bits on the platforms we build for, and an f32 that can be compared.
+
+use serde::{Deserialize, Serialize};
 
 const _: () = assert!(usize::BITS == 64, "weightcast addresses tensors larger than 4 GiB and needs a 64-bit target");
 
@@ -24,3 +26,9 @@ pub const fn as_u64(value: usize) -> u64 {
 pub const fn as_f64(value: u64) -> f64 {
     value as f64
 }
+
+/// An f32 by its bits, so that plans compare and hash exactly.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(transparent)]
+#[expect(non_camel_case_types, reason = "it stands for the primitive type")]
+pub struct f32Bits(pub u32);

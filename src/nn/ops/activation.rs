@@ -2,6 +2,7 @@
 
 use rayon::prelude::*;
 
+use super::matrix::copy;
 use super::vector::{TASK, exp, map, update, wide};
 
 /// sqrt(2 / pi).
@@ -39,7 +40,7 @@ pub(in crate::nn) fn silu_mul_backward(gate: &mut [f32], up: &mut [f32], gradien
 
 /// GPT-2's approximation by tanh: `x / 2 * (1 + tanh(sqrt(2/pi) * (x + 0.044715 x^3)))`.
 pub(in crate::nn) fn gelu(x: &[f32]) -> Vec<f32> {
-    let mut out = x.to_vec();
+    let mut out = copy(x);
     map(&mut out, |x| x * gate(x));
     out
 }
@@ -62,7 +63,7 @@ fn gate(x: f32) -> f32 {
 
 /// The exact function: `x * Phi(x)`, Phi being the distribution function of the normal distribution.
 pub(in crate::nn) fn gelu_exact(x: &[f32]) -> Vec<f32> {
-    let mut out = x.to_vec();
+    let mut out = copy(x);
     map(&mut out, |x| x * normal(x).0);
     out
 }

@@ -5,10 +5,10 @@ use rayon::prelude::*;
 
 use super::dropout::Dropout;
 use super::fused::Gradients;
-use super::matrix::{Held, Matrix, View};
-use super::vector::{column_sums, map, sum2, update, wide};
+use super::matrix::{Held, Matrix, View, copy};
+use super::vector::{column_sums, sum2, update, wide};
 use crate::nn::layers::{Linear, Order};
-use crate::nn::{Lora, Pass};
+use crate::nn::{DropoutKey, Lora, Pass};
 
 /// What the backward needs of an adapter's forward.
 #[derive(Debug)]
@@ -51,17 +51,18 @@ pub(super) fn merged(layer: &Linear, weight: &Held<'_>, rows: usize, pass: &Pass
         return Ok(None);
     }
     let (a, b) = matrices(adapter);
-    let mut merged = direction(layer, (Held::new(&a)?.view()?, Held::new(&b)?.view()?))?;
-    let scale = scale_of(adapter);
-    update(merged.data_mut(), weight.data()?, |low, weight| weight + scale * low);
+    let (a, b) = (Held::new(&a)?, Held::new(&b)?);
+    let (left, right) = direction(layer, (a.view()?, b.view()?));
+    let mut merged = Matrix::new(copy(weight.data()?), right.columns());
+    merged.add_product(left, right, scale_of(adapter));
     Ok(Some(merged))
 }
 
-/// `B A` as the weight lies.
-fn direction(layer: &Linear, (a, b): (View<'_>, View<'_>)) -> Result<Matrix> {
+/// The factors of `B A` as the weight lies.
+fn direction<'a>(layer: &Linear, (a, b): (View<'a>, View<'a>)) -> (View<'a>, View<'a>) {
     match layer.order {
-        Order::OutIn => b.times(a),
-        Order::InOut => a.t().times(b.t()),
+        Order::OutIn => (b, a),
+        Order::InOut => (a.t(), b.t()),
     }
 }
 
@@ -74,7 +75,7 @@ pub(super) fn recall(
 ) -> Result<AdapterSaved> {
     let dropped = dropped(layer, adapter, values, pass);
     let (a, _) = matrices(adapter);
-    let low = dropped.as_ref().map_or(x, Matrix::view).times(Held::new(&a)?.view()?.t())?;
+    let low = dropped.as_ref().map_or(x, Matrix::view).times(Held::new(&a)?.view()?.t());
     Ok(AdapterSaved { dropped, low, scaled: None })
 }
 
@@ -89,10 +90,9 @@ pub(super) fn add(
     let mut saved = recall(layer, adapter, (x, values), pass)?;
     let (a, b) = matrices(adapter);
     let (a, b) = (Held::new(&a)?, Held::new(&b)?);
-    let high = saved.low.view().times(b.view()?.t())?;
     let scale = scale_of(adapter);
     let Some(magnitude) = &adapter.magnitude else {
-        update(out.data_mut(), high.data(), |out, high| out + scale * high);
+        out.add_product(saved.low.view(), b.view()?.t(), scale);
         return Ok(saved);
     };
     let norms = direction_norms(layer, weight, (a.view()?, b.view()?, scale))?;
@@ -100,15 +100,15 @@ pub(super) fn add(
     let magnitude = Held::new(&magnitude)?;
     let ratios: Vec<f32> = magnitude.data()?.iter().zip(&norms).map(|(magnitude, norm)| magnitude / norm).collect();
     // With dropout PEFT scales only the product of what dropout left, and keeps the rest of the base's product.
-    let mut outputs = high;
-    if let Some(dropped) = &saved.dropped {
-        let base = dropped.view().times(layer.right(weight)?)?;
-        update(out.data_mut(), base.data(), |out, base| out - base);
-        update(outputs.data_mut(), base.data(), |high, base| base + scale * high);
-    } else {
-        update(outputs.data_mut(), out.data(), |high, base| base + scale * high);
-        out.data_mut().fill(0.0);
-    }
+    let mut outputs = match &saved.dropped {
+        Some(dropped) => {
+            let base = dropped.view().times(layer.right(weight)?);
+            update(out.data_mut(), base.data(), |out, base| out - base);
+            base
+        }
+        None => std::mem::replace(out, Matrix::zeros(out.rows(), out.columns())),
+    };
+    outputs.add_product(saved.low.view(), b.view()?.t(), scale);
     let columns = ratios.len();
     out.data_mut().par_chunks_mut(columns).zip(outputs.data().par_chunks(columns)).for_each(|(out, outputs)| {
         wide(|| {
@@ -138,7 +138,8 @@ fn dropped(layer: &Linear, adapter: &Lora, values: &[f32], pass: &Pass) -> Optio
 /// The length of each output's row of `W + scale * B A`, `[out]`.
 fn direction_norms(layer: &Linear, weight: &Held<'_>, (a, b, scale): (View<'_>, View<'_>, f32)) -> Result<Vec<f32>> {
     let values = weight.data()?;
-    let low = direction(layer, (a, b))?;
+    let (left, right) = direction(layer, (a, b));
+    let low = left.times(right);
     if layer.order == Order::OutIn {
         let rows = values.par_chunks(layer.inputs).zip(low.data().par_chunks(layer.inputs));
         return Ok(rows
@@ -189,45 +190,42 @@ pub(super) fn backward(
 ) -> Result<Matrix> {
     let (_, b) = matrices(adapter);
     let scale = scale_of(adapter);
-    let mut low = gradient.view().times(Held::new(&b)?.view()?)?;
-    map(low.data_mut(), |value| value * scale);
+    let low = gradient.view().times_scaled(Held::new(&b)?.view()?, scale);
     // The transpose of B's gradient: the wide matrix is read along its rows.
-    let mut across = saved.low.view().t().times(gradient.view())?;
-    map(across.data_mut(), |value| value * scale);
+    let across = saved.low.view().t().times_scaled(gradient.view(), scale);
     gradients.put(&adapter.b, across.transposed())?;
     let input = saved.dropped.as_ref().map_or(x, Matrix::view);
-    gradients.put(&adapter.a, low.view().t().times(input)?)?;
+    gradients.put(&adapter.a, low.view().t().times(input))?;
     Ok(low)
 }
 
-/// The gradient of the adapter's input from what [`backward`] returned.
-pub(super) fn input_gradient(adapter: &Lora, low: &Matrix) -> Result<Matrix> {
+/// Adds the gradient of the adapter's input, made of what [`backward`] returned, to that of the layer's.
+pub(super) fn add_input_gradient(adapter: &Lora, low: &Matrix, out: &mut Matrix) -> Result<()> {
     let (a, _) = matrices(adapter);
-    low.view().times(Held::new(&a)?.view()?)
+    out.add_product(low.view(), Held::new(&a)?.view()?, 1.0);
+    Ok(())
 }
 
-/// Adds the gradient of the adapter's input to that of the layer's, through dropout.
+/// As [`add_input_gradient`], through the dropout of the forward; `part` is added before it.
 pub(super) fn add_dropped(
     layer: &Linear,
     adapter: &Lora,
-    (input, pass): (&Matrix, &Pass),
-    active: bool,
+    (low, key, seq): (&Matrix, DropoutKey, usize),
+    part: Option<Matrix>,
     out: &mut Matrix,
-) {
-    match pass.dropout.filter(|_| active) {
-        None => update(out.data_mut(), input.data(), |out, input| out + input),
-        Some(key) => {
-            let dropout = Dropout::new(adapter, key, pass.seq);
-            let lines = out.data_mut().par_chunks_mut(layer.inputs).zip(input.data().par_chunks(layer.inputs));
-            lines.enumerate().with_min_len(16).for_each_init(
-                || vec![0.0; layer.inputs],
-                |factors, (row, (out, input))| {
-                    dropout.factors(row, factors);
-                    for ((out, input), factor) in out.iter_mut().zip(input).zip(&*factors) {
-                        *out += input * factor;
-                    }
-                },
-            );
-        }
-    }
+) -> Result<()> {
+    let mut input = part.unwrap_or_else(|| Matrix::zeros(out.rows(), out.columns()));
+    add_input_gradient(adapter, low, &mut input)?;
+    let dropout = Dropout::new(adapter, key, seq);
+    let lines = out.data_mut().par_chunks_mut(layer.inputs).zip(input.data().par_chunks(layer.inputs));
+    lines.enumerate().with_min_len(16).for_each_init(
+        || vec![0.0; layer.inputs],
+        |factors, (row, (out, input))| {
+            dropout.factors(row, factors);
+            for ((out, input), factor) in out.iter_mut().zip(input).zip(&*factors) {
+                *out += input * factor;
+            }
+        },
+    );
+    Ok(())
 }

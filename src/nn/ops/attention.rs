@@ -3,10 +3,10 @@
 //! The queries of the heads that share a key head are stacked, so that each tile is one product. The backward computes
 //! scores again from the logarithms of the sums that the forward kept.
 
-use candle_core::Result;
 use rayon::prelude::*;
 
 use super::matrix::Matrix;
+use super::product::add_product;
 use super::vector::{dot, exp, largest, sum, wide};
 use crate::nn::Pass;
 use crate::nn::layers::AttentionShape;
@@ -84,7 +84,7 @@ impl<'a> Attention<'a> {
     }
 
     /// Scores of a tile's queries on the keys `first..to`, not yet scaled.
-    fn scores(&self, tile: Tile, queries: &Matrix, qkv: &Qkv) -> Result<Matrix> {
+    fn scores(&self, tile: Tile, queries: &Matrix, qkv: &Qkv) -> Matrix {
         queries.view().times(self.keys(tile, &qkv.key).t())
     }
 
@@ -106,9 +106,9 @@ impl<'a> Attention<'a> {
     }
 
     /// The mixed values of one tile, stacked, and the logarithms of its sums.
-    fn forward(&self, tile: Tile, qkv: &Qkv) -> Result<(Matrix, Vec<f32>)> {
+    fn forward(&self, tile: Tile, qkv: &Qkv) -> (Matrix, Vec<f32>) {
         let queries = self.stack(tile, &qkv.query);
-        let mut scores = self.scores(tile, &queries, qkv)?;
+        let mut scores = self.scores(tile, &queries, qkv);
         let width = scores.columns();
         let mut log_sums = Vec::with_capacity(queries.rows());
         for ((_, visible), scores) in self.rows(tile).zip(scores.data_mut().chunks_exact_mut(width)) {
@@ -125,16 +125,21 @@ impl<'a> Attention<'a> {
             });
             log_sums.push(peak + total.ln());
         }
-        Ok((scores.view().times(self.keys(tile, &qkv.value))?, log_sums))
+        (scores.view().times(self.keys(tile, &qkv.value)), log_sums)
     }
 
-    /// The gradients of one tile's queries, stacked, and of its keys and values, `[to - first, head_dim]`.
-    fn backward(&self, tile: Tile, qkv: &Qkv, given: &Given<'_>) -> Result<[Matrix; 3]> {
+    /// The gradient of one tile's queries, stacked; those of its keys and values, `[to - first, head_dim]`, are added.
+    fn backward(
+        &self,
+        tile: Tile,
+        (qkv, given): (&Qkv, &Given<'_>),
+        (keys, values): (&mut [f32], &mut [f32]),
+    ) -> Matrix {
         let queries = self.stack(tile, &qkv.query);
         let gradient = self.stack(tile, given.gradient);
         let mixed = self.stack(tile, given.mixed);
-        let mut weights = self.scores(tile, &queries, qkv)?;
-        let mut slopes = gradient.view().times(self.keys(tile, &qkv.value).t())?;
+        let mut weights = self.scores(tile, &queries, qkv);
+        let mut slopes = gradient.view().times(self.keys(tile, &qkv.value).t());
         let (width, dim) = (weights.columns(), self.shape.head_dim);
         let stacked = gradient.data().chunks_exact(dim).zip(mixed.data().chunks_exact(dim));
         let lines = weights.data_mut().chunks_exact_mut(width).zip(slopes.data_mut().chunks_exact_mut(width));
@@ -152,11 +157,9 @@ impl<'a> Attention<'a> {
                 }
             });
         }
-        Ok([
-            slopes.view().times(self.keys(tile, &qkv.key))?,
-            slopes.view().t().times(queries.view())?,
-            weights.view().t().times(gradient.view())?,
-        ])
+        add_product(keys, slopes.view().t(), queries.view(), 1.0);
+        add_product(values, weights.view().t(), gradient.view(), 1.0);
+        slopes.view().times(self.keys(tile, &qkv.key))
     }
 }
 
@@ -168,14 +171,13 @@ struct Given<'a> {
 }
 
 /// The mixed values, `[rows, heads * head_dim]`.
-pub(in crate::nn) fn forward(qkv: &Qkv, shape: AttentionShape, pass: &Pass) -> Result<(Matrix, AttentionSaved)> {
+pub(in crate::nn) fn forward(qkv: &Qkv, shape: AttentionShape, pass: &Pass) -> (Matrix, AttentionSaved) {
     let attention = Attention::new(shape, pass);
     let tiles: Vec<Tile> = (0..pass.batch)
         .flat_map(|batch| (0..shape.kv_heads).map(move |kv_head| (batch, kv_head)))
         .flat_map(|(batch, kv_head)| attention.tiles(batch, kv_head))
         .collect();
-    let parts = tiles.par_iter().with_max_len(1).map(|&tile| attention.forward(tile, qkv));
-    let parts = parts.collect::<Result<Vec<_>>>()?;
+    let parts: Vec<_> = tiles.par_iter().with_max_len(1).map(|&tile| attention.forward(tile, qkv)).collect();
     let (dim, per_row) = (shape.head_dim, pass.seq.div_ceil(TILE));
     let mut mixed = Matrix::zeros(pass.batch * pass.seq, shape.query_size());
     let mut log_sums = Matrix::zeros(pass.batch * pass.seq, shape.heads);
@@ -192,7 +194,7 @@ pub(in crate::nn) fn forward(qkv: &Qkv, shape: AttentionShape, pass: &Pass) -> R
             *log_sum = sums[line];
         }
     });
-    Ok((mixed, AttentionSaved { log_sums }))
+    (mixed, AttentionSaved { log_sums })
 }
 
 /// The gradients of queries, keys and values, from the gradient of the mixed values.
@@ -201,27 +203,24 @@ pub(in crate::nn) fn backward(
     (shape, pass): (AttentionShape, &Pass),
     saved: &AttentionSaved,
     (mixed, gradient): (&Matrix, &Matrix),
-) -> Result<Qkv> {
+) -> Qkv {
     let attention = Attention::new(shape, pass);
     let given = Given { saved, mixed, gradient };
     let dim = shape.head_dim;
     // One task for each key head, whose keys' gradients are summed over its tiles in their order (NN-3).
     let heads: Vec<(usize, usize)> =
         (0..pass.batch).flat_map(|batch| (0..shape.kv_heads).map(move |kv_head| (batch, kv_head))).collect();
-    let part = |&(batch, kv_head): &(usize, usize)| -> Result<(Vec<Matrix>, Vec<f32>, Vec<f32>)> {
+    let part = |&(batch, kv_head): &(usize, usize)| {
         let (mut keys, mut values) = (vec![0.0; pass.seq * dim], vec![0.0; pass.seq * dim]);
         let mut queries = Vec::new();
         for tile in attention.tiles(batch, kv_head) {
-            let [query, key, value] = attention.backward(tile, qkv, &given)?;
             let range = tile.first * dim..tile.to * dim;
-            for (sums, part) in [(&mut keys, key), (&mut values, value)] {
-                sums[range.clone()].iter_mut().zip(part.data()).for_each(|(sum, part)| *sum += part);
-            }
-            queries.push(query);
+            let sums = (&mut keys[range.clone()], &mut values[range]);
+            queries.push(attention.backward(tile, (qkv, &given), sums));
         }
-        Ok((queries, keys, values))
+        (queries, keys, values)
     };
-    let parts = heads.par_iter().with_max_len(1).map(part).collect::<Result<Vec<_>>>()?;
+    let parts: Vec<(Vec<Matrix>, Vec<f32>, Vec<f32>)> = heads.par_iter().with_max_len(1).map(part).collect();
     let rows = pass.batch * pass.seq;
     let mut query = Matrix::zeros(rows, shape.query_size());
     let mut key = Matrix::zeros(rows, shape.key_value_size());
@@ -244,5 +243,5 @@ pub(in crate::nn) fn backward(
             value.copy_from_slice(&values[range.clone()]);
         }
     });
-    Ok(Qkv { query, key, value })
+    Qkv { query, key, value }
 }

@@ -4,7 +4,7 @@ use candle_core::Result;
 use rayon::prelude::*;
 
 use super::matrix::{Matrix, View};
-use super::vector::{TASK, exp, largest, sum, update, wide};
+use super::vector::{TASK, exp, largest, sum, wide};
 use crate::nn::Tokens;
 
 /// Logits that are there at once: 64 MiB, 341 tokens of a vocabulary of 49,152.
@@ -61,16 +61,15 @@ pub(in crate::nn) fn in_chunks(
         let mut chunk = Vec::with_capacity(rows.len() * hidden);
         rows.iter().for_each(|&row| chunk.extend_from_slice(&x.data()[line(row)]));
         let chunk = Matrix::new(chunk, hidden);
-        let mut slopes = chunk.view().times(head.t())?;
+        let mut slopes = chunk.view().times(head.t());
         let lines = slopes.data_mut().par_chunks_mut(vocab).zip(rows);
         let losses: Vec<f32> = lines.map(|(logits, &row)| wide(|| of_token(logits, targets[row]))).collect();
         loss.total += losses.into_iter().map(f64::from).sum::<f64>();
         if let Some(total) = &mut loss.head {
-            let part = slopes.view().t().times(chunk.view())?;
-            update(total.data_mut(), part.data(), |total, part| total + part);
+            total.add_product(slopes.view().t(), chunk.view(), 1.0);
         }
         if let Some(input) = &mut loss.input {
-            let part = slopes.view().times(head)?;
+            let part = slopes.view().times(head);
             for (&row, part) in rows.iter().zip(part.data().chunks_exact(hidden)) {
                 input.data_mut()[line(row)].copy_from_slice(part);
             }

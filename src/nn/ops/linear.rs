@@ -42,16 +42,16 @@ pub(in crate::nn) fn forward(
     let (view, values) = (x.view(), x.data());
     let (mut out, saved) = match (&layer.adapter, adapter::merged(layer, &weight, x.rows(), pass)?) {
         (Some(adapter), Some(merged)) => {
-            let out = view.times(layer.as_right(merged.view()))?;
+            let out = view.times(layer.as_right(merged.view()));
             drop(merged);
             (out, if wanted { Some(adapter::recall(layer, adapter, (view, values), pass)?) } else { None })
         }
         (Some(adapter), None) => {
-            let mut out = view.times(layer.right(&weight)?)?;
+            let mut out = view.times(layer.right(&weight)?);
             let saved = adapter::add(layer, adapter, (view, values, pass), &weight, &mut out)?;
             (out, Some(saved))
         }
-        (None, _) => (view.times(layer.right(&weight)?)?, None),
+        (None, _) => (view.times(layer.right(&weight)?), None),
     };
     if let Some(bias) = &layer.bias {
         let bias = bias.tensor()?;
@@ -74,12 +74,12 @@ pub(in crate::nn) fn recall(layer: &Linear, x: &Matrix, pass: &Pass) -> Result<O
     }
 }
 
-/// The gradient of the input; those of parameters go to `gradients`.
+/// The gradient of the input, added to `onto` where there is one; those of parameters go to `gradients`.
 pub(in crate::nn) fn backward(
     layer: &Linear,
     (x, pass): (&Matrix, &Pass),
     saved: Option<&AdapterSaved>,
-    gradient: &Matrix,
+    (gradient, onto): (&Matrix, Option<Matrix>),
     gradients: &mut Gradients,
 ) -> Result<Matrix> {
     let columns = gradient.columns();
@@ -104,10 +104,10 @@ pub(in crate::nn) fn backward(
             Order::OutIn => gradient.t().times(x),
             Order::InOut => x.t().times(gradient),
         };
-        let mut total = product(x.view(), if split { gradient.view() } else { inner.view() })?;
+        let mut total = product(x.view(), if split { gradient.view() } else { inner.view() });
         if let Some(dropped) = dropped.filter(|_| split) {
             let difference = difference(inner, gradient);
-            update(total.data_mut(), product(dropped.view(), difference.view())?.data(), |total, part| total + part);
+            update(total.data_mut(), product(dropped.view(), difference.view()).data(), |total, part| total + part);
         }
         gradients.put(weight, total)?;
     }
@@ -118,19 +118,31 @@ pub(in crate::nn) fn backward(
         _ => None,
     };
     if let Some(merged) = adapter::merged(layer, &weight, x.rows(), pass)? {
-        return inner.view().times(layer.as_right(merged.view()).t());
+        return Ok(added(onto, inner.view(), layer.as_right(merged.view()).t()));
     }
     let back = layer.right(&weight)?.t();
-    let mut out = if split { gradient.view() } else { inner.view() }.times(back)?;
+    let mut out = added(onto, if split { gradient.view() } else { inner.view() }, back);
     if let (Some(adapter), Some(low)) = (&layer.adapter, &low) {
-        let mut input = adapter::input_gradient(adapter, low)?;
-        if split {
-            let part = difference(inner, gradient).view().times(back)?;
-            update(input.data_mut(), part.data(), |input, part| input + part);
+        match pass.dropout.filter(|_| dropped.is_some()) {
+            None => adapter::add_input_gradient(adapter, low, &mut out)?,
+            Some(key) => {
+                let part = split.then(|| difference(inner, gradient).view().times(back));
+                adapter::add_dropped(layer, adapter, (low, key, pass.seq), part, &mut out)?;
+            }
         }
-        adapter::add_dropped(layer, adapter, (&input, pass), dropped.is_some(), &mut out);
     }
     Ok(out)
+}
+
+/// The product, added to what is there.
+fn added(onto: Option<Matrix>, left: View<'_>, right: View<'_>) -> Matrix {
+    match onto {
+        None => left.times(right),
+        Some(mut out) => {
+            out.add_product(left, right, 1.0);
+            out
+        }
+    }
 }
 
 fn difference(left: &Matrix, right: &Matrix) -> Matrix {

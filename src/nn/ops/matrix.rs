@@ -1,20 +1,35 @@
 //! Matrices on the CPU, and products of views of them that copy nothing.
 
-use candle_core::backend::BackendStorage;
-use candle_core::{CpuStorage, Device, Layout, Result, Shape, Storage, StorageRef, Tensor};
+use candle_core::{CpuStorage, Device, Layout, Result, Storage, StorageRef, Tensor};
+use rayon::prelude::*;
+
+use super::product::{add_product, product};
+use super::vector::TASK;
 
 /// An f32 matrix, row-major.
-#[derive(Clone, Debug)]
+#[derive(Debug)]
 pub(in crate::nn) struct Matrix {
-    storage: CpuStorage,
+    values: Vec<f32>,
     columns: usize,
+}
+
+impl Clone for Matrix {
+    /// On all cores.
+    fn clone(&self) -> Self {
+        Self { values: copy(&self.values), columns: self.columns }
+    }
+}
+
+/// The values, copied on all cores.
+pub(in crate::nn) fn copy(values: &[f32]) -> Vec<f32> {
+    values.par_iter().with_min_len(TASK).copied().collect()
 }
 
 impl Matrix {
     /// `values` as rows of `columns`.
     pub(in crate::nn) fn new(values: Vec<f32>, columns: usize) -> Self {
         assert!(columns > 0 && values.len().is_multiple_of(columns), "{} values, rows of {columns}", values.len());
-        Self { storage: CpuStorage::F32(values), columns }
+        Self { values, columns }
     }
 
     pub(in crate::nn) fn zeros(rows: usize, columns: usize) -> Self {
@@ -26,25 +41,25 @@ impl Matrix {
     }
 
     pub(in crate::nn) fn rows(&self) -> usize {
-        self.data().len() / self.columns
+        self.values.len() / self.columns
     }
 
     pub(in crate::nn) fn data(&self) -> &[f32] {
-        match &self.storage {
-            CpuStorage::F32(values) => values,
-            _ => unreachable!("a matrix is made of f32 only"),
-        }
+        &self.values
     }
 
     pub(in crate::nn) fn data_mut(&mut self) -> &mut [f32] {
-        match &mut self.storage {
-            CpuStorage::F32(values) => values,
-            _ => unreachable!("a matrix is made of f32 only"),
-        }
+        &mut self.values
     }
 
     pub(in crate::nn) fn view(&self) -> View<'_> {
-        View { storage: &self.storage, offset: 0, sizes: [self.rows(), self.columns], strides: [self.columns, 1] }
+        View { values: &self.values, sizes: [self.rows(), self.columns], strides: [self.columns, 1] }
+    }
+
+    /// Adds `scale * left · right`.
+    pub(in crate::nn) fn add_product(&mut self, left: View<'_>, right: View<'_>, scale: f32) {
+        assert!(self.columns == right.columns(), "{} columns against {}", self.columns, right.columns());
+        add_product(&mut self.values, left, right, scale);
     }
 
     /// The transpose, copied.
@@ -55,10 +70,7 @@ impl Matrix {
     }
 
     pub(in crate::nn) fn into_vec(self) -> Vec<f32> {
-        match self.storage {
-            CpuStorage::F32(values) => values,
-            _ => unreachable!("a matrix is made of f32 only"),
-        }
+        self.values
     }
 
     /// A tensor without a graph, `[rows, columns]`.
@@ -69,15 +81,30 @@ impl Matrix {
 }
 
 /// A part of a matrix, perhaps transposed.
-#[derive(Clone, Copy)]
+#[derive(Clone, Copy, Debug)]
 pub(in crate::nn) struct View<'a> {
-    storage: &'a CpuStorage,
-    offset: usize,
+    /// From the first element on.
+    values: &'a [f32],
     sizes: [usize; 2],
     strides: [usize; 2],
 }
 
-impl View<'_> {
+impl<'a> View<'a> {
+    pub(in crate::nn) fn rows(&self) -> usize {
+        self.sizes[0]
+    }
+
+    pub(in crate::nn) fn columns(&self) -> usize {
+        self.sizes[1]
+    }
+
+    /// The values from the first element to the last, and the strides of rows and columns in elements.
+    pub(super) fn checked(self) -> (&'a [f32], [usize; 2]) {
+        let last: usize =
+            self.sizes.iter().zip(self.strides).map(|(size, stride)| size.saturating_sub(1) * stride).sum();
+        (&self.values[..=last], self.strides)
+    }
+
     /// The transpose.
     pub(in crate::nn) fn t(self) -> Self {
         let ([rows, columns], [down, right]) = (self.sizes, self.strides);
@@ -87,7 +114,7 @@ impl View<'_> {
     /// `count` columns from `start` on.
     pub(in crate::nn) fn narrow_columns(self, start: usize, count: usize) -> Self {
         assert!(start + count <= self.sizes[1], "columns within the view");
-        Self { offset: self.offset + start * self.strides[1], sizes: [self.sizes[0], count], ..self }
+        Self { values: &self.values[start * self.strides[1]..], sizes: [self.sizes[0], count], ..self }
     }
 
     /// `count` rows from `start` on.
@@ -95,16 +122,14 @@ impl View<'_> {
         self.t().narrow_columns(start, count).t()
     }
 
-    fn layout(&self) -> Layout {
-        Layout::new(Shape::from((self.sizes[0], self.sizes[1])), self.strides.to_vec(), self.offset)
+    /// `self · right`.
+    pub(in crate::nn) fn times(self, right: View<'_>) -> Matrix {
+        self.times_scaled(right, 1.0)
     }
 
-    /// `self · right`.
-    pub(in crate::nn) fn times(self, right: View<'_>) -> Result<Matrix> {
-        let ([rows, inner], [_, columns]) = (self.sizes, right.sizes);
-        assert!(inner == right.sizes[0], "{inner} columns against {} rows", right.sizes[0]);
-        let product = self.storage.matmul(right.storage, (1, rows, columns, inner), &self.layout(), &right.layout())?;
-        Ok(Matrix { storage: product, columns })
+    /// `scale * self · right`.
+    pub(in crate::nn) fn times_scaled(self, right: View<'_>, scale: f32) -> Matrix {
+        Matrix::new(product(self, right, scale), right.columns())
     }
 }
 
@@ -125,9 +150,9 @@ impl<'a> Held<'a> {
         }
     }
 
-    fn storage(&self) -> &CpuStorage {
+    fn values(&self) -> &[f32] {
         match &*self.storage {
-            Storage::Cpu(storage) => storage,
+            Storage::Cpu(CpuStorage::F32(values)) => values,
             _ => unreachable!("checked when it was taken"),
         }
     }
@@ -140,10 +165,7 @@ impl<'a> Held<'a> {
         let Some((start, end)) = self.layout.contiguous_offsets() else {
             candle_core::bail!("expected a contiguous tensor, found strides {:?}", self.layout.stride());
         };
-        match self.storage() {
-            CpuStorage::F32(values) => Ok(&values[start..end]),
-            _ => unreachable!("checked when it was taken"),
-        }
+        Ok(&self.values()[start..end])
     }
 
     /// As a matrix.
@@ -153,6 +175,6 @@ impl<'a> Held<'a> {
     pub(in crate::nn) fn view(&self) -> Result<View<'_>> {
         let (rows, columns) = self.layout.shape().dims2()?;
         let strides = [self.layout.stride()[0], self.layout.stride()[1]];
-        Ok(View { storage: self.storage(), offset: self.layout.start_offset(), sizes: [rows, columns], strides })
+        Ok(View { values: &self.values()[self.layout.start_offset()..], sizes: [rows, columns], strides })
     }
 }

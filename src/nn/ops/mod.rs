@@ -11,6 +11,7 @@ pub(super) mod fused;
 pub(super) mod linear;
 pub(super) mod matrix;
 pub(super) mod norm;
+mod product;
 pub(super) mod rotary;
 pub(super) mod vector;
 

@@ -222,7 +222,13 @@ impl Function for Alone {
     ) -> candle_core::Result<Tensor> {
         let x = Matrix::new(Held::new(x)?.data()?.to_vec(), self.0.inputs);
         let gradient = Matrix::new(Held::new(gradient)?.data()?.to_vec(), self.0.outputs);
-        linear::backward(&self.0, (&x, &self.1), saved.as_ref(), &gradient, found)?.into_tensor()
+        let mut back = |onto| linear::backward(&self.0, (&x, &self.1), saved.as_ref(), (&gradient, onto), found);
+        let out = back(None)?;
+        // Added to itself it is twice itself.
+        for (twice, once) in back(Some(out.clone()))?.data().iter().zip(out.data()) {
+            assert!((twice - 2.0 * once).abs() <= 1e-5 * (1.0 + once.abs()), "{twice} is not twice {once}");
+        }
+        out.into_tensor()
     }
 }
 

@@ -3,11 +3,14 @@
 //! Owns: which group an element belongs to, and the two formulas. Refuses to know: packings, where scales come from.
 //! The loops have no branch per element, so that the compiler vectorizes them.
 
+use serde::{Deserialize, Serialize};
+
 use crate::quant::QuantError;
 use crate::quant::error::expect_len;
 
 /// How the groups of a tensor lie in its row-major elements.
-#[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Hash, Serialize, Deserialize)]
+#[serde(rename_all = "kebab-case")]
 pub enum GroupAxis {
     /// Group `i` is the run of elements `i * size .. (i + 1) * size`: HQQ's `axis=1`, and MLX.
     Runs,

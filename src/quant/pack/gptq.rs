@@ -25,7 +25,8 @@ use crate::quant::error::expect_len;
 use crate::quant::source::Source;
 
 /// How zeros are stored.
-#[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Hash, serde::Serialize, serde::Deserialize)]
+#[serde(rename_all = "kebab-case")]
 pub enum GptqVersion {
     /// `checkpoint_format` "gptq": `zero - 1`.
     V1,

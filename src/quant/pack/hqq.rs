@@ -34,7 +34,7 @@ impl HqqPacking {
     /// [`QuantError::Parts`] when the rows are no whole number of parts (3 bits: any number is), [`QuantError::Range`]
     /// when sizes overflow.
     pub fn new(bits: CodeBits, rows: usize, columns: usize) -> Result<Self, QuantError> {
-        let parts = parts(bits);
+        let parts = Self::parts(bits);
         if bits != CodeBits::B3 && !rows.is_multiple_of(parts) {
             return Err(QuantError::Parts { what: "rows", expected: parts, found: rows });
         }
@@ -54,7 +54,7 @@ impl HqqPacking {
     /// The number of packed bytes.
     #[must_use]
     pub fn packed_bytes(&self) -> usize {
-        self.part * self.word_bytes()
+        self.part * Self::word_bytes(self.bits)
     }
 
     /// Packs all codes; bits above a code's width are dropped.
@@ -109,8 +109,22 @@ impl HqqPacking {
         Ok(())
     }
 
-    fn word_bytes(&self) -> usize {
-        if self.bits == CodeBits::B3 { 4 } else { 1 }
+    /// Bytes of a word: 4 (i32) for codes of 3 bits, else 1.
+    #[must_use]
+    pub fn word_bytes(bits: CodeBits) -> usize {
+        if bits == CodeBits::B3 { 4 } else { 1 }
+    }
+
+    /// Codes in a word.
+    #[must_use]
+    pub const fn parts(bits: CodeBits) -> usize {
+        match bits.get() {
+            4 => 2,
+            3 => 10,
+            2 => 4,
+            1 => 8,
+            _ => 1,
+        }
     }
 
     /// How far the codes of a part are shifted to the left.
@@ -120,16 +134,5 @@ impl HqqPacking {
             1 | 2 | 4 => 8 - self.bits.count() * (part + 1),
             _ => 0,
         }
-    }
-}
-
-/// Codes in a word.
-const fn parts(bits: CodeBits) -> usize {
-    match bits.get() {
-        4 => 2,
-        3 => 10,
-        2 => 4,
-        1 => 8,
-        _ => 1,
     }
 }

@@ -4,12 +4,14 @@
 
 use serde::{Deserialize, Serialize};
 
-use crate::quant::affine::MlxRule;
-use crate::quant::{BlockSize, FourBitCode};
+use super::affine::{CodeBits, GroupAxis, MlxRule};
+use super::pack::{GptqVersion, HqqPacking};
+use super::{BlockSize, FourBitCode};
+use crate::format::GgmlType;
 use crate::types::{ByteRange, DType, Shape, ShapeOverflow, as_u64};
 
 /// Blocks that share one entry of nested statistics (bitsandbytes' `nested_blocksize`).
-pub const NESTED_BLOCK: u64 = 256;
+const NESTED_BLOCK: u64 = super::nested::NESTED_BLOCK as u64;
 
 /// The form in which a tensor is kept, sent and stored.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize, Deserialize)]
@@ -40,6 +42,68 @@ pub enum Encoding {
         /// The type of scales and biases, which the tensor stands for.
         dtype: DType,
     },
+    /// Blocks of GGUF, rows in the order of the Hugging Face model; rows are whole blocks.
+    Ggml {
+        /// The type of the blocks.
+        ggml_type: GgmlType,
+    },
+    /// HQQ's codes with a scale and a zero for each group.
+    Hqq {
+        /// Bits of a code.
+        bits: CodeBits,
+        /// Elements per group; the elements are whole groups.
+        group: u32,
+        /// How the groups lie: `Runs` is HQQ's `axis=1`, `Columns` its `axis=0`.
+        axis: GroupAxis,
+        /// The type of scales and zeros, which the tensor stands for.
+        dtype: DType,
+    },
+    /// GPTQ's codes of a linear layer, input-major.
+    Gptq {
+        /// Bits of a code: 2, 3, 4 or 8.
+        bits: CodeBits,
+        /// Inputs per group.
+        group: u32,
+        /// How zeros are stored.
+        version: GptqVersion,
+        /// Whether `g_idx` is there, which says each input's group.
+        indexed: bool,
+        /// The type of scales, which the tensor stands for.
+        dtype: DType,
+    },
+    /// AWQ's 4-bit codes of a linear layer in the layout of its `gemm` version, input-major.
+    Awq {
+        /// Inputs per group.
+        group: u32,
+        /// The type of scales, which the tensor stands for.
+        dtype: DType,
+    },
+    /// FP8 E4M3 with scales.
+    Fp8 {
+        /// What shares a scale.
+        scales: Fp8Scales,
+        /// The type of the scales.
+        scale_dtype: DType,
+        /// The type that the tensor stands for.
+        dtype: DType,
+    },
+}
+
+/// What shares a scale of an FP8 weight `[out, in]`.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Hash, Serialize, Deserialize)]
+#[serde(rename_all = "kebab-case")]
+pub enum Fp8Scales {
+    /// The whole tensor: `weight_scale` of one value.
+    Tensor,
+    /// A row: `weight_scale` `[out, 1]`.
+    Row,
+    /// A block, as in DeepSeek's `weight_scale_inv`.
+    Block {
+        /// Rows of a block.
+        rows: u32,
+        /// Columns of a block.
+        columns: u32,
+    },
 }
 
 /// The role of one array of bytes in an encoding.
@@ -50,16 +114,29 @@ pub enum Part {
     Weight,
     /// f32 absmax per block, or its u8 codes when nested.
     Absmax,
-    /// f32 absmax per group of [`NESTED_BLOCK`] blocks.
+    /// f32 absmax per group of 256 blocks (bitsandbytes' `nested_blocksize`).
     NestedAbsmax,
     /// The f32 mean of the statistics; one value, kept by every rank.
     NestedOffset,
     /// f32 absmax per row (`Int8`).
     RowAbsmax,
-    /// A scale per group (`Mlx`).
+    /// A scale per group (`Mlx`, `Hqq`, `Gptq`, `Awq`), or what [`Fp8Scales`] says.
     Scales,
     /// A bias per group (`Mlx`).
     Biases,
+    /// A zero per group (`Hqq`, `Gptq`, `Awq`).
+    Zeros,
+    /// The group of each input (`Gptq`).
+    GroupIndex,
+}
+
+/// Along what a tensor can be cut over ranks.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Cut {
+    /// Rows of the tensor: a rank's part of every component is what its rows need.
+    Rows,
+    /// Dim 0 of each component by itself, because its packing mixes rows: the parts mean something only together.
+    Components,
 }
 
 /// One array of bytes of an encoded tensor, whole.
@@ -112,6 +189,72 @@ impl Encoding {
                     component(Part::Biases, dtype, [rows, groups].into())?,
                 ])
             }
+            Self::Ggml { ggml_type } => {
+                let rows = shape.rows();
+                let row = elements.checked_div(rows).unwrap_or(0);
+                let row_bytes = ggml_type.bytes_for(row).map_err(|_| ShapeOverflow { shape: shape.clone() })?;
+                Ok(vec![component(Part::Weight, DType::U8, [rows, row_bytes].into())?])
+            }
+            Self::Hqq { bits, group, axis, dtype } => {
+                let groups = elements / u64::from(group.max(1));
+                let (rows, columns, statistics) = match axis {
+                    GroupAxis::Runs => (groups, u64::from(group), [groups, 1]),
+                    GroupAxis::Columns => (u64::from(group), groups, [1, groups]),
+                };
+                let word = if HqqPacking::word_bytes(bits) == 4 { DType::I32 } else { DType::U8 };
+                let rows = rows.div_ceil(as_u64(HqqPacking::parts(bits)));
+                Ok(vec![
+                    component(Part::Weight, word, [rows, columns].into())?,
+                    component(Part::Scales, dtype, statistics.into())?,
+                    component(Part::Zeros, dtype, statistics.into())?,
+                ])
+            }
+            Self::Gptq { bits, group, indexed, dtype, .. } => {
+                let (outputs, inputs) = matrix(shape);
+                let groups = inputs.div_ceil(u64::from(group.max(1)));
+                let words = |codes: u64| codes.saturating_mul(u64::from(bits.get())).div_ceil(32);
+                let mut parts = vec![
+                    component(Part::Weight, DType::I32, [words(inputs), outputs].into())?,
+                    component(Part::Zeros, DType::I32, [groups, words(outputs)].into())?,
+                    component(Part::Scales, dtype, [groups, outputs].into())?,
+                ];
+                if indexed {
+                    parts.push(component(Part::GroupIndex, DType::I32, [inputs].into())?);
+                }
+                Ok(parts)
+            }
+            Self::Awq { group, dtype } => {
+                let (outputs, inputs) = matrix(shape);
+                let groups = inputs / u64::from(group.max(1));
+                Ok(vec![
+                    component(Part::Weight, DType::I32, [inputs, outputs / 8].into())?,
+                    component(Part::Zeros, DType::I32, [groups, outputs / 8].into())?,
+                    component(Part::Scales, dtype, [groups, outputs].into())?,
+                ])
+            }
+            Self::Fp8 { scales, scale_dtype, .. } => {
+                let (outputs, inputs) = matrix(shape);
+                let of_scales = match scales {
+                    Fp8Scales::Tensor => [1].into(),
+                    Fp8Scales::Row => [outputs, 1].into(),
+                    Fp8Scales::Block { rows, columns } => {
+                        [outputs.div_ceil(u64::from(rows.max(1))), inputs.div_ceil(u64::from(columns.max(1)))].into()
+                    }
+                };
+                Ok(vec![
+                    component(Part::Weight, DType::F8E4M3, shape.clone())?,
+                    component(Part::Scales, scale_dtype, of_scales)?,
+                ])
+            }
+        }
+    }
+
+    /// Along what the tensor can be cut.
+    #[must_use]
+    pub const fn cut(&self) -> Cut {
+        match self {
+            Self::Plain { .. } | Self::FourBit { .. } | Self::Int8 | Self::Mlx { .. } | Self::Ggml { .. } => Cut::Rows,
+            Self::Hqq { .. } | Self::Gptq { .. } | Self::Awq { .. } | Self::Fp8 { .. } => Cut::Components,
         }
     }
 
@@ -119,7 +262,14 @@ impl Encoding {
     #[must_use]
     pub fn row_granule(&self, row_elements: u64) -> u64 {
         match *self {
-            Self::Plain { .. } | Self::Int8 | Self::Mlx { .. } => 1,
+            Self::Plain { .. }
+            | Self::Int8
+            | Self::Mlx { .. }
+            | Self::Ggml { .. }
+            | Self::Hqq { .. }
+            | Self::Gptq { .. }
+            | Self::Awq { .. }
+            | Self::Fp8 { .. } => 1,
             Self::FourBit { block, .. } => {
                 let block = u64::from(block.get());
                 block / greatest_common_divisor(block, row_elements.max(1))
@@ -127,7 +277,8 @@ impl Encoding {
         }
     }
 
-    /// The bytes of component `part` that belong to the elements `elements` of a tensor whose rows have `row_elements`.
+    /// The bytes of component `part` that belong to the elements `elements` of a tensor whose rows have `row_elements`; with
+    /// [`Cut::Components`] those of no part belong to some elements alone, and this is empty.
     ///
     /// With `claim` = [`Claim::Kept`] these are all bytes needed to use the elements; nested groups that straddle a cut
     /// are in the ranges of both sides. With [`Claim::Owned`] each byte belongs to exactly one side of every cut.
@@ -149,6 +300,11 @@ impl Encoding {
                 let (group, size) = (as_u64(rule.group()), dtype.size_bytes());
                 (start / group * size, end.div_ceil(group) * size)
             }
+            (Self::Ggml { ggml_type }, _) => {
+                let (block, size) = (ggml_type.block_elements(), ggml_type.block_bytes());
+                (start / block * size, end.div_ceil(block) * size)
+            }
+            (Self::Hqq { .. } | Self::Gptq { .. } | Self::Awq { .. } | Self::Fp8 { .. }, _) => (0, 0),
             (Self::FourBit { .. }, Part::Weight) => (start / 2, end.div_ceil(2)),
             (Self::FourBit { .. }, Part::NestedOffset) => (0, 4),
             (Self::FourBit { block, nested, .. }, part) => {
@@ -173,7 +329,13 @@ impl Encoding {
     /// Whether a value of this encoding depends on elements outside a cut, so that a part cannot be quantized alone.
     #[must_use]
     pub const fn needs_whole_tensor(&self) -> bool {
-        matches!(self, Self::FourBit { nested: true, .. })
+        matches!(self, Self::FourBit { nested: true, .. }) || self.is_made_at_once()
+    }
+
+    /// Whether it is made of all elements of a tensor at once, and not of spans in turn.
+    #[must_use]
+    pub const fn is_made_at_once(&self) -> bool {
+        matches!(self.cut(), Cut::Components)
     }
 
     /// The name of the format as job files and messages write it.
@@ -184,7 +346,20 @@ impl Encoding {
             Self::FourBit { code, nested, .. } => format!("{}{}", code.name(), if *nested { "-double" } else { "" }),
             Self::Int8 => "int8".to_owned(),
             Self::Mlx { rule, .. } => format!("mlx-{}bit", rule.bits().get()),
+            Self::Ggml { ggml_type } => ggml_type.name().to_owned(),
+            Self::Hqq { bits, .. } => format!("hqq-{}bit", bits.get()),
+            Self::Gptq { bits, .. } => format!("gptq-{}bit", bits.get()),
+            Self::Awq { .. } => "awq-4bit".to_owned(),
+            Self::Fp8 { .. } => "fp8-e4m3".to_owned(),
         }
+    }
+}
+
+/// Outputs and inputs of a linear layer's weight `[out, in]`; 0 where it is none.
+fn matrix(shape: &Shape) -> (u64, u64) {
+    match shape.0[..] {
+        [outputs, inputs] => (outputs, inputs),
+        _ => (0, 0),
     }
 }
 
@@ -212,7 +387,6 @@ fn greatest_common_divisor(mut a: u64, mut b: u64) -> u64 {
 #[cfg(test)]
 mod tests {
     use super::*;
-    use crate::quant::affine::CodeBits;
 
     fn nf4(nested: bool) -> Encoding {
         Encoding::FourBit {

@@ -1,7 +1,8 @@
-//! Decoding GGUF blocks, through candle's implementations of them.
+//! GGUF blocks to f32 and back, through candle's implementations of them.
 
-use candle_core::quantized::GgmlDType;
 use candle_core::quantized::ggml_file::qtensor_from_ggml;
+use candle_core::quantized::{GgmlDType, QTensor};
+use candle_core::{Device, Tensor};
 
 use super::{FormatError, GgmlType};
 use crate::types::as_u64;
@@ -15,7 +16,7 @@ pub fn dequantize(ggml_type: GgmlType, bytes: &[u8], out: &mut [f32]) -> Result<
     if ggml_type.bytes_for(as_u64(out.len()))? != as_u64(bytes.len()) {
         return Err(error(format!("{} bytes for {} elements", bytes.len(), out.len())));
     }
-    let device = candle_core::Device::Cpu;
+    let device = Device::Cpu;
     let values = qtensor_from_ggml(candle(ggml_type), bytes, vec![out.len()], &device)
         .and_then(|blocks| blocks.dequantize(&device))
         .and_then(|tensor| tensor.to_vec1::<f32>())
@@ -24,6 +25,26 @@ pub fn dequantize(ggml_type: GgmlType, bytes: &[u8], out: &mut [f32]) -> Result<
         return Err(error(format!("the decoder gave {} elements, expected {}", values.len(), out.len())));
     }
     out.copy_from_slice(&values);
+    Ok(())
+}
+
+/// Encodes rows of whole blocks.
+///
+/// # Errors
+/// [`FormatError::Blocks`] when `out` has not the size of the values' blocks.
+pub fn quantize(ggml_type: GgmlType, values: &[f32], out: &mut [u8]) -> Result<(), FormatError> {
+    let error = |what: String| FormatError::Blocks { ggml_type: ggml_type.name(), what };
+    if ggml_type.bytes_for(as_u64(values.len()))? != as_u64(out.len()) {
+        return Err(error(format!("{} bytes for {} elements", out.len(), values.len())));
+    }
+    let blocks = Tensor::from_slice(values, values.len(), &Device::Cpu)
+        .and_then(|values| QTensor::quantize(&values, candle(ggml_type)))
+        .map_err(|failure| error(failure.to_string()))?;
+    let bytes = blocks.data().map_err(|failure| error(failure.to_string()))?;
+    if bytes.len() != out.len() {
+        return Err(error(format!("the encoder gave {} bytes, expected {}", bytes.len(), out.len())));
+    }
+    out.copy_from_slice(&bytes);
     Ok(())
 }
 
