@@ -9,7 +9,7 @@ use crate::config::{ConfigError, JobConfig, ResumePolicy};
 use crate::device::{self, Device, DeviceError, LocalRank};
 use crate::error::{Classify, Kind};
 use crate::hub::Progress;
-use crate::plan::{DeviceBudget, DeviceRule, LoadPlan, LoadRequest, PlanError, Strategy, plan};
+use crate::plan::{DeviceBudget, DeviceRule, LoadPlan, LoadRequest, PlanError, Quantized, Strategy, plan};
 use crate::store::LocalStore;
 use crate::train::Recipe;
 use crate::types::{DeviceWish, Step, WorldSize};
@@ -183,7 +183,7 @@ fn request(config: &JobConfig, world: WorldSize, root: &Path, strategy: Strategy
         placement: config.load.placement,
         dtype: config.dtype_rule()?,
         quantization: config.quantization_rule()?,
-        keep_quantized: config.quantization.implied,
+        quantized: if config.quantization.implied { Quantized::Keep } else { Quantized::Refuse },
         chunking: config.chunking()?,
         digests: config.load.digests,
         device: config.device_rule(),

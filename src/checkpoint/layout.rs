@@ -5,9 +5,8 @@
 use serde_json::{Map, Value, json};
 
 use super::CheckpointError;
-use crate::manifest::part_name;
-use crate::plan::{Encoding, Holding, LoadPlan, Part, TensorPlan};
-use crate::quant::{DynamicMap, FourBit, NestedState, QuantState};
+use crate::manifest::{Extra, extras, part_name};
+use crate::plan::{Holding, LoadPlan, Part, TensorPlan};
 use crate::state::StateDict;
 use crate::types::{DIGEST_BLOCK_BYTES, DType, Rank, Step, TensorDigest, as_u64, as_usize};
 
@@ -52,6 +51,14 @@ impl Entry {
     }
 }
 
+impl From<Extra> for Entry {
+    fn from(extra: Extra) -> Self {
+        let (name, dtype, shape) = (extra.name, extra.dtype, extra.shape.0);
+        let offsets = vec![0; shape.len()];
+        Self { name, dtype, shape, offsets, content: Content::Extra(extra.bytes) }
+    }
+}
+
 /// All entries of the rank's file, widest elements first so that every tensor is aligned to its element.
 pub(super) fn entries(plan: &LoadPlan, state: &StateDict) -> Result<Vec<Entry>, CheckpointError> {
     let mut entries = Vec::new();
@@ -63,7 +70,8 @@ pub(super) fn entries(plan: &LoadPlan, state: &StateDict) -> Result<Vec<Entry>, 
             }
         }
         if tensor.reader == state.rank() {
-            extras(tensor, state.nested_offset(index)?.map(|bits| f32::from_bits(bits.0)), &mut entries);
+            let extras = extras(&tensor.fqn, &tensor.encoding, &tensor.shape, state.nested_offset(index)?);
+            entries.extend(extras.into_iter().map(Entry::from));
         }
     }
     entries.sort_by_key(|entry| std::cmp::Reverse(entry.dtype.size_bytes()));
@@ -86,48 +94,6 @@ fn chunk_entry(tensor: &TensorPlan, holding: &Holding, index: usize, component: 
         offsets,
         content: Content::Chunk { tensor: index, component, at: holding.owned.start() },
     }
-}
-
-/// What bitsandbytes and transformers want beside codes and statistics (formats of bitsandbytes 0.50).
-fn extras(tensor: &TensorPlan, nested_offset: Option<f32>, entries: &mut Vec<Entry>) {
-    let fqn = tensor.fqn.as_str();
-    let mut extra = |name: String, dtype: DType, shape: Vec<u64>, bytes: Vec<u8>| {
-        let offsets = vec![0; shape.len()];
-        entries.push(Entry { name, dtype, shape, offsets, content: Content::Extra(bytes) });
-    };
-    match tensor.encoding {
-        Encoding::Plain { .. }
-        | Encoding::Mlx { .. }
-        | Encoding::Ggml { .. }
-        | Encoding::Hqq { .. }
-        | Encoding::Gptq { .. }
-        | Encoding::Awq { .. }
-        | Encoding::Fp8 { .. } => {}
-        Encoding::Int8 => {
-            let module = fqn.strip_suffix(".weight").unwrap_or(fqn);
-            extra(format!("{module}.weight_format"), DType::U8, Vec::new(), vec![0]);
-        }
-        Encoding::FourBit { code, block, dtype, .. } => {
-            extra(format!("{fqn}.quant_map"), DType::F32, vec![16], f32_bytes(code.values()));
-            if nested_offset.is_some() {
-                let map = f32_bytes(DynamicMap::standard().values());
-                extra(format!("{fqn}.nested_quant_map"), DType::F32, vec![256], map);
-            }
-            let state = QuantState {
-                format: FourBit { code, block },
-                dtype,
-                shape: tensor.shape.clone(),
-                nested: nested_offset.map(|offset| NestedState { offset }),
-            };
-            let json = state.to_json().into_bytes();
-            let name = format!("{fqn}.quant_state.bitsandbytes__{}", code.name());
-            extra(name, DType::U8, vec![as_u64(json.len())], json);
-        }
-    }
-}
-
-fn f32_bytes(values: &[f32]) -> Vec<u8> {
-    values.iter().flat_map(|value| value.to_le_bytes()).collect()
 }
 
 /// The header with its length, padded to a multiple of the digest block (`FM-1`). Its length depends on the entries

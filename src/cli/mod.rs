@@ -6,6 +6,7 @@ mod adapter;
 mod args;
 mod bench;
 mod checkpoint;
+mod convert;
 mod coordinator;
 mod demo;
 mod devices;
@@ -16,6 +17,7 @@ mod model;
 mod output;
 mod plan;
 mod progress;
+mod quality;
 mod quantize;
 mod worker;
 

@@ -7,8 +7,8 @@ use serde_json::json;
 
 use super::output::{bytes, data, fail, json as print_json, say};
 use crate::app::{
-    DEFAULT_SHARD_BYTES, NewModelError, Stage, StepChoice, TrainedRun, convert_ckpt, expand_model, export_model,
-    lifecycle, list_models, new_model, new_preset, open_model, record_stage,
+    DEFAULT_SHARD_BYTES, NewModelError, Stage, StepChoice, TrainedRun, expand_model, export_model, lifecycle,
+    list_models, new_model, new_preset, open_model, record_stage,
 };
 use crate::model::{
     Architecture, DEFAULT_FILE_BYTES, GENERATED, GenerateRequest, NewModel, Preset, inspect, parse_parameters,
@@ -46,20 +46,10 @@ pub enum ModelCommand {
         /// Where to write it
         directory: PathBuf,
     },
-    /// Make a model directory of nanoGPT's ckpt.pt, without running anything that is in it
-    Convert {
-        /// The checkpoint that torch.save wrote
-        ckpt: PathBuf,
-        /// The model directory, named {architecture}-{size}-{dataset}-{training_type}[-{version}]
-        #[arg(long, value_name = "DIR")]
-        output: PathBuf,
-        /// The function within the MLP, which the checkpoint does not say: gelu (nanoGPT since 2023), gelu_new (before)
-        #[arg(long, default_value = "gelu", value_parser = ["gelu", "gelu_new"])]
-        activation: String,
-        /// Print JSON on stdout
-        #[arg(long)]
-        json: bool,
-    },
+    /// Write a model in another format, or make a model directory of nanoGPT's ckpt.pt
+    Convert(Box<super::convert::ConvertFlags>),
+    /// What each format costs a model: bytes, errors of its weights, perplexity on a text
+    Quality(Box<super::quality::QualityFlags>),
     /// Write the weights that a run of type full has trained as a model
     Export {
         /// The checkpoint directory of a training run
@@ -140,20 +130,8 @@ pub(super) fn run(command: &ModelCommand) -> u8 {
             };
             show_new(made, directory)
         }
-        ModelCommand::Convert { ckpt, output, activation, json } => match convert_ckpt(ckpt, output, activation) {
-            Err(error) => fail(&error),
-            Ok(converted) if *json => {
-                print_json(&json!({
-                    "output": output, "name": converted.name, "parameters": converted.parameters, "bytes": converted.bytes,
-                }));
-                0
-            }
-            Ok(converted) => {
-                let (parameters, size) = (converted.parameters, bytes(converted.bytes));
-                data(&format!("{}: {parameters} parameters, {size}", output.display()));
-                0
-            }
-        },
+        ModelCommand::Convert(flags) => super::convert::run(flags),
+        ModelCommand::Quality(flags) => super::quality::run(flags),
         ModelCommand::Export { checkpoint, step, output, dtype, json } => {
             export(checkpoint, step.unwrap_or(StepChoice::Newest), (output, *dtype), *json)
         }

@@ -2,15 +2,15 @@
 
 use std::sync::atomic::Ordering;
 
-use super::LoadError;
 use super::report::{Meters, timed};
 use super::source::Files;
-use crate::format::Encoding as SourceEncoding;
+use super::{LoadError, WholeTensor};
+use crate::format::{Encoding as SourceEncoding, PackedTensor};
 use crate::plan::{Encoding, Input, SourceSpan, TensorPlan};
 use crate::quant::affine::{GroupAxis, HqqRule, MlxRule, quantize_hqq};
 use crate::quant::pack::{HqqPacking, pack_bit_stream};
 use crate::quant::{FourBit, Kernels, QuantError, Source};
-use crate::types::{DType, as_u64, as_usize};
+use crate::types::{ByteRange, DType, as_u64, as_usize};
 
 /// What the threads of a reader share.
 #[derive(Clone, Copy, Debug)]
@@ -168,9 +168,27 @@ impl Encoder<'_> {
             SourceEncoding::Ggml(encoding) => {
                 self.read_ggml(tensor, encoding, span, (scratch, blocks))?;
             }
-            SourceEncoding::Packed(_) => return Err(inconsistent("its components are to be copied, not encoded")),
+            SourceEncoding::Packed(packed) => self.read_packed(tensor, packed, scratch)?,
         }
         Ok(*dtype)
+    }
+
+    /// All values of a tensor in f32, from the components that another tool has written.
+    fn read_packed(&self, tensor: &TensorPlan, packed: &PackedTensor, scratch: &mut Vec<u8>) -> Result<(), LoadError> {
+        let read = |&(file, range): &(u32, ByteRange)| {
+            let mut bytes = vec![0; as_usize(range.len())];
+            self.files.read(&tensor.fqn, (file, range.start()), &mut bytes, self.meters)?;
+            Ok(bytes)
+        };
+        let parts = packed.parts.iter().map(read).collect::<Result<Vec<_>, LoadError>>()?;
+        let parts: Vec<&[u8]> = parts.iter().map(Vec::as_slice).collect();
+        let (encoding, nested_offset) = (packed.encoding, packed.nested_offset);
+        let whole = WholeTensor { encoding, shape: &tensor.shape, parts: &parts, nested_offset };
+        let values = timed(&self.meters.encode_ns, || whole.dequantize(self.kernels))
+            .map_err(|source| LoadError::Encode { fqn: tensor.fqn.clone(), source })?;
+        scratch.clear();
+        scratch.extend_from_slice(bytemuck::cast_slice(&values));
+        Ok(())
     }
 
     /// The rows of a span in the order of the Hugging Face model: as they are, or decoded from GGUF blocks into f32.

@@ -27,6 +27,7 @@ mod tests;
 
 pub use dequantize::WholeTensor;
 pub use error::LoadError;
+pub use place::Sink;
 pub use report::{LoadReport, StageTimes, logical_digests};
-pub use run::{Cancel, LoadOptions, load};
+pub use run::{Cancel, LoadOptions, load, stream};
 pub use scan::{ScanError, scan};

@@ -38,11 +38,38 @@ impl<'a> Route<'a> {
     }
 }
 
+/// Gets the bytes of (tensor, component) from a place on.
+pub type Sink<'a> = dyn FnMut((usize, usize), usize, &[u8]) -> Result<(), LoadError> + 'a;
+
+/// Where this rank's bytes go.
+pub(super) enum Keeper<'a> {
+    /// Into its memory.
+    State(&'a mut StateDict),
+    /// Elsewhere; only for a rank that is alone.
+    Sink(&'a mut Sink<'a>),
+}
+
+impl Keeper<'_> {
+    pub(super) fn write(&mut self, place: (usize, usize), at: usize, bytes: &[u8]) -> Result<(), LoadError> {
+        match self {
+            Self::State(state) => Ok(state.write(place, at, bytes)?),
+            Self::Sink(sink) => sink(place, at, bytes),
+        }
+    }
+
+    fn state(&mut self) -> Result<&mut StateDict, LoadError> {
+        match self {
+            Self::State(state) => Ok(state),
+            Self::Sink(_) => Err(LoadError::Plan { fqn: "".into(), what: "a rank that is alone receives nothing" }),
+        }
+    }
+}
+
 /// One rank's end of all routes.
 pub(super) struct Mover<'a, 'c> {
     pub(super) rank: Rank,
     pub(super) comm: Option<&'c mut dyn Communicator>,
-    pub(super) state: &'a mut StateDict,
+    pub(super) keeper: Keeper<'a>,
     pub(super) meters: &'a Meters,
     /// The memory that `comm` moves.
     pub(super) comm_device: Device,
@@ -98,8 +125,8 @@ impl Mover<'_, '_> {
             received.map_err(|source| comm_error(&route.tensor.fqn, source))
         };
         timed(&self.meters.exchange_ns, || match self.comm_device {
-            Device::Host => self.state.fill(place, run, |into| receive(SliceMut::from(into))),
-            Device::Cuda { .. } => receive(self.state.view_mut(place, run)?),
+            Device::Host => self.keeper.state()?.fill(place, run, |into| receive(SliceMut::from(into))),
+            Device::Cuda { .. } => receive(self.keeper.state()?.view_mut(place, run)?),
         })?;
         self.meters.done_bytes.fetch_add(part.len(), Ordering::Relaxed);
         Ok(())
@@ -110,7 +137,7 @@ impl Mover<'_, '_> {
         let Some(part) = kept.intersect(piece.range) else { return Ok(()) };
         let at = as_usize(part.start() - kept.start());
         let bytes = within(bytes, piece.range, part);
-        timed(&self.meters.place_ns, || self.state.write((route.index, piece.component), at, bytes))?;
+        timed(&self.meters.place_ns, || self.keeper.write((route.index, piece.component), at, bytes))?;
         self.meters.done_bytes.fetch_add(part.len(), Ordering::Relaxed);
         Ok(())
     }
@@ -126,7 +153,7 @@ impl Mover<'_, '_> {
             let Some(part) = kept.intersect(piece.range) else { return Ok(()) };
             let run = (as_usize(part.start() - kept.start()), as_usize(part.len()));
             return timed(&self.meters.exchange_ns, || {
-                let buffer = self.state.view_mut((route.index, piece.component), run)?;
+                let buffer = self.keeper.state()?.view_mut((route.index, piece.component), run)?;
                 comm.broadcast(root, buffer).map_err(failed)
             });
         }

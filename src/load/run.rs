@@ -7,7 +7,7 @@ use std::thread;
 use super::encode::Encoder;
 use super::jobs::Work;
 use super::pipeline::Pipeline;
-use super::place::{Mover, Route, Scratch};
+use super::place::{Keeper, Mover, Route, Scratch, Sink};
 use super::report::{LoadReport, Meters, timed};
 use super::source::Files;
 use super::{LoadError, statistics};
@@ -84,32 +84,7 @@ pub fn load(
     let meters = Meters::default();
     let mut state = timed(&meters.allocate_ns, || StateDict::allocate(plan, options.rank, options.device))?;
     let comm = comm.filter(|_| plan.strategy != Strategy::Full && plan.world.get() > 1);
-    let reads = plan.reads(options.rank);
-    let files = if reads { Files::open(plan, options.rank, options.store)? } else { Files::Model(Vec::new()) };
-    let encoder = Encoder { files: &files, meters: &meters, kernels: options.kernels };
-    let pipeline = Pipeline::new(plan);
-    let mover = Mover {
-        rank: options.rank,
-        comm,
-        state: &mut state,
-        meters: &meters,
-        comm_device: options.comm_device,
-        scratch: Scratch::default(),
-    };
-
-    thread::scope(|scope| {
-        // Whatever happens here, the reader's threads end.
-        let closing = pipeline.close_at_end();
-        let threads =
-            if reads { pipeline.start(scope, (plan, options.rank), encoder, &options.cancel)? } else { Vec::new() };
-        let walked = walk(plan, options, &pipeline, mover);
-        drop(closing);
-        for thread in threads {
-            // A panic of a reader thread is this thread's panic.
-            thread.join().unwrap_or_else(|panic| std::panic::resume_unwind(panic));
-        }
-        walked
-    })?;
+    carry_out(plan, options, &meters, (Keeper::State(&mut state), comm))?;
     timed(&meters.place_ns, || state.flush())?;
 
     let report = LoadReport {
@@ -128,6 +103,49 @@ pub fn load(
         owned_digests: if plan.digests { state.owned_digests()? } else { Vec::new() },
     };
     Ok((state, report))
+}
+
+/// Carries out `plan`, which is of one rank, and gives the bytes of all components to `sink`: tensor after tensor in the plan's
+/// order, each component from its start to its end.
+///
+/// # Errors
+/// [`LoadError`], and what `sink` returns.
+pub fn stream<'a>(plan: &'a LoadPlan, options: &'a LoadOptions<'_>, sink: &'a mut Sink<'a>) -> Result<(), LoadError> {
+    carry_out(plan, options, &Meters::default(), (Keeper::Sink(sink), None))
+}
+
+/// Reads what this rank reads, and walks through the plan's pieces.
+fn carry_out<'a>(
+    plan: &LoadPlan,
+    options: &LoadOptions<'_>,
+    meters: &'a Meters,
+    (keeper, comm): (Keeper<'a>, Option<&mut dyn Communicator>),
+) -> Result<(), LoadError> {
+    let reads = plan.reads(options.rank);
+    let files = if reads { Files::open(plan, options.rank, options.store)? } else { Files::Model(Vec::new()) };
+    let encoder = Encoder { files: &files, meters, kernels: options.kernels };
+    let pipeline = Pipeline::new(plan);
+    let mover = Mover {
+        rank: options.rank,
+        comm,
+        keeper,
+        meters,
+        comm_device: options.comm_device,
+        scratch: Scratch::default(),
+    };
+    thread::scope(|scope| {
+        // Whatever happens here, the reader's threads end.
+        let closing = pipeline.close_at_end();
+        let threads =
+            if reads { pipeline.start(scope, (plan, options.rank), encoder, &options.cancel)? } else { Vec::new() };
+        let walked = walk(plan, options, &pipeline, mover);
+        drop(closing);
+        for thread in threads {
+            // A panic of a reader thread is this thread's panic.
+            thread.join().unwrap_or_else(|panic| std::panic::resume_unwind(panic));
+        }
+        walked
+    })
 }
 
 fn walk(
@@ -247,7 +265,7 @@ fn send_stored(
 fn place_offset(mover: &mut Mover<'_, '_>, route: &Route<'_>, bits: u32) -> Result<(), LoadError> {
     let component = route.tensor.components().iter().position(|component| component.part == Part::NestedOffset);
     if let Some(component) = component {
-        mover.state.write((route.index, component), 0, &bits.to_le_bytes())?;
+        mover.keeper.write((route.index, component), 0, &bits.to_le_bytes())?;
     }
     Ok(())
 }

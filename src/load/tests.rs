@@ -12,7 +12,8 @@ use crate::device::{Device, DeviceError};
 use crate::format::parse_index_json;
 use crate::model::Skeleton;
 use crate::plan::{
-    Chunking, DTypeRule, DeviceRule, GgmlMix, LoadPlan, LoadRequest, Part, Placement, QuantizationRule, Strategy, plan,
+    Chunking, DTypeRule, DeviceRule, GgmlMix, LoadPlan, LoadRequest, Part, Placement, QuantizationRule, Quantized,
+    Strategy, plan,
 };
 use crate::quant::affine::{CodeBits, GroupAxis, MlxRule};
 use crate::quant::{BlockSize, FourBitCode, Kernels};
@@ -58,7 +59,7 @@ fn make_plan(case: &Case) -> LoadPlan {
         placement: case.placement,
         dtype: DTypeRule::Convert(DType::F32),
         quantization: case.quantization.clone(),
-        keep_quantized: false,
+        quantized: Quantized::Refuse,
         chunking: Chunking { chunk_bytes: case.chunk_bytes, reader_threads: 3, queue_chunks: 4 },
         digests: false,
         device: DeviceRule::default(),

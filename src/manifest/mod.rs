@@ -5,12 +5,14 @@
 
 mod codec;
 mod coverage;
+mod extras;
 mod seal;
 
 use serde::{Deserialize, Serialize};
 
 pub use codec::{MAX_MANIFEST_BYTES, ManifestError};
 pub use coverage::CoverageError;
+pub use extras::{Extra, extras};
 pub use seal::{SealError, SealRequest, seal};
 
 use crate::plan::{Encoding, Fp8Scales, Part, Placement, f32Bits};

@@ -7,7 +7,7 @@ use super::{
 use crate::error::{Classify, Kind};
 use crate::format::{ModelIndex, PackedTensor, TensorEntry};
 use crate::model::{Binding, Role, Skeleton, SkeletonTensor};
-use crate::types::{ByteRange, Fqn, Rank, Shape, ShapeOverflow, WorldSize};
+use crate::types::{ByteRange, DType, Fqn, Rank, Shape, ShapeOverflow, WorldSize};
 
 /// A sharded tensor has at least this many elements; smaller ones cost less to keep everywhere than to gather.
 const SHARD_MIN_ELEMENTS: u64 = 4096;
@@ -31,8 +31,8 @@ pub struct LoadRequest {
     pub dtype: DTypeRule,
     /// What is quantized.
     pub quantization: QuantizationRule,
-    /// Whether weights that are quantized already may stay so although `quantization` says another form.
-    pub keep_quantized: bool,
+    /// What becomes of weights that are quantized already where `quantization` says another form.
+    pub quantized: Quantized,
     /// Sizes of chunks.
     pub chunking: Chunking,
     /// Whether ranks report digests.
@@ -41,6 +41,18 @@ pub struct LoadRequest {
     pub device: DeviceRule,
     /// With [`Placement::Layers`], the ranks' parts of the model in proportion; a rank that is not listed has 1.
     pub split: Vec<u32>,
+}
+
+/// What becomes of weights that are quantized already, in another form than the one asked for.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
+pub enum Quantized {
+    /// The plan is refused, because quantizing twice loses more than the user may know; GGUF's blocks are made anew.
+    #[default]
+    Refuse,
+    /// They stay as they are.
+    Keep,
+    /// They are dequantized, and become what was asked for.
+    Redo,
 }
 
 /// Why there is no plan.
@@ -153,7 +165,10 @@ pub fn plan(
 }
 
 fn elements(entry: &TensorEntry) -> Input {
-    Input::Elements { file: entry.file, range: entry.range, dtype: entry.dtype, encoding: entry.encoding.clone() }
+    // What is packed is dequantized to f32.
+    let packed = matches!(entry.encoding, SourceEncoding::Packed(_));
+    let dtype = if packed { DType::F32 } else { entry.dtype };
+    Input::Elements { file: entry.file, range: entry.range, dtype, encoding: entry.encoding.clone() }
 }
 
 impl PackedTensor {
@@ -238,9 +253,11 @@ impl LoadRequest {
     fn tensor(&self, tensor: &SkeletonTensor, layers: u32, entry: &TensorEntry) -> Result<TensorPlan, PlanError> {
         let rule = &self.quantization;
         let wanted = rule.encoding(tensor, layers, entry.dtype, self.dtype);
-        let keep = self.keep_quantized || *rule == QuantizationRule::None;
+        let keep =
+            self.quantized == Quantized::Keep || (*rule == QuantizationRule::None && self.quantized != Quantized::Redo);
         let (encoding, input) = match &entry.encoding {
             SourceEncoding::Packed(packed) if keep || wanted == packed.encoding => (packed.encoding, packed.input()),
+            SourceEncoding::Packed(_) if self.quantized == Quantized::Redo => (wanted, elements(entry)),
             SourceEncoding::Packed(packed) => {
                 let (found, expected) = (packed.encoding.name(), wanted.name());
                 return Err(PlanError::Quantized { fqn: tensor.fqn.clone(), found, expected });

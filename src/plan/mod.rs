@@ -23,7 +23,7 @@ mod train_memory;
 use serde::{Deserialize, Serialize};
 
 pub(crate) use build::assemble;
-pub use build::{LoadRequest, PlanError, plan};
+pub use build::{LoadRequest, PlanError, Quantized, plan};
 pub use cut::Holding;
 pub use ggml_mix::GgmlMix;
 pub use memory::{
@@ -169,13 +169,14 @@ impl Input {
             (Self::Elements { dtype, encoding: SourceEncoding::Plain, .. }, Encoding::Plain { dtype: to }) => {
                 *dtype == to
             }
-            // Blocks decode to f32.
+            // Blocks and packed components decode to f32.
             (Self::Elements { encoding: SourceEncoding::Ggml(blocks), .. }, Encoding::Ggml { ggml_type }) => {
                 blocks.ggml_type == ggml_type
             }
-            (Self::Elements { encoding: SourceEncoding::Ggml(_), .. }, Encoding::Plain { dtype: to }) => {
-                to == DType::F32
-            }
+            (
+                Self::Elements { encoding: SourceEncoding::Ggml(_) | SourceEncoding::Packed(_), .. },
+                Encoding::Plain { dtype: to },
+            ) => to == DType::F32,
             _ => false,
         }
     }

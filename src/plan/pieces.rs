@@ -46,6 +46,12 @@ impl TensorPlan {
         })
     }
 
+    /// Whether it is made of all its elements at once: by its encoding, or because they are packed where they come from.
+    fn is_made_at_once(&self) -> bool {
+        let packed = matches!(self.input, Input::Elements { encoding: SourceEncoding::Packed(_), .. });
+        self.encoding.is_made_at_once() || packed
+    }
+
     /// The span of `elements`, which are whole blocks, or all elements where the encoding is made at once.
     #[must_use]
     pub fn span(&self, elements: ByteRange) -> SourceSpan {
@@ -67,7 +73,7 @@ impl TensorPlan {
             }
             Input::Stored { .. } => (1, false),
         };
-        if self.encoding.is_made_at_once() {
+        if self.is_made_at_once() {
             return self.elements().max(1);
         }
         let wanted = (chunk_bytes / element_bytes).max(1);
@@ -125,7 +131,7 @@ impl TensorPlan {
             Input::Elements { dtype, .. } => (dtype.size_bytes(), false),
             Input::Stored { .. } => (1, true),
         };
-        if self.encoding.is_made_at_once() && !stored {
+        if self.is_made_at_once() && !stored {
             let all: u64 = self.components().iter().map(|component| component.bytes).sum();
             // The source, twice in f32, and the codes.
             return (self.elements().saturating_mul(element_bytes + 9) + all, all);

@@ -1,7 +1,7 @@
 //! LLM.int8 of bitsandbytes: one scale for each row of a matrix.
 //!
 //! Owns: the checks and the rule. With `x` rounded to f16 first, `SCB` is the largest `|x|` of the row and
-//! `q = round_half_even(x * (127 / SCB))` in f32; dequantized `(q * SCB) * (1/127)`, two roundings (bitsandbytes 0.50,
+//! `q = round_half_even(x * ((1 / SCB) * 127))` in f32, for torch divides a number by a tensor so; dequantized `(q * SCB) * (1/127)`, two roundings (bitsandbytes 0.50,
 //! `int8_vectorwise_quant` and `int8_vectorwise_dequant`). There is no outlier threshold: weights have none.
 
 use super::error::expect_len;

@@ -38,4 +38,5 @@ pub(crate) use probe::{Gradients, Probe, Wanted};
 pub use retention::{Policy, keeps};
 pub use run::{Ended, TrainRequest, train};
 pub(crate) use stall::stalls;
+pub(crate) use steps::tokens;
 pub use table::{Trained, is_trainable, trained_tensors};

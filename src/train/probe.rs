@@ -47,6 +47,37 @@ impl Probe<'_> {
     /// # Errors
     /// [`TrainError`]: the model is not one that is computed here, or the tokens do not fit it.
     pub(crate) fn run(&self, tokens: &Tokens, wanted: Wanted) -> Result<(Vec<f32>, Option<Gradients>), TrainError> {
+        self.with_engine(|engine, layout, exchange| {
+            let logits = engine.logits(tokens, exchange)?;
+            if wanted == Wanted::Logits {
+                return Ok((logits, None));
+            }
+            let sum = engine.learn(tokens, None, layout, exchange)?;
+            Ok((logits, Some(mean(layout, &engine.gradients, (sum.nats, sum.tokens)))))
+        })
+    }
+
+    /// The sum of the negative log likelihoods of all targets that count, in nats, and their number.
+    ///
+    /// # Errors
+    /// As [`Self::run`].
+    pub(crate) fn evaluate(&self, batches: impl Iterator<Item = Tokens>) -> Result<(f64, u64), TrainError> {
+        self.with_engine(|engine, _, exchange| {
+            let (mut nats, mut tokens) = (0.0, 0);
+            for batch in batches {
+                let sum = engine.evaluate(&batch, exchange)?;
+                nats += f64::from(sum.nats);
+                tokens += sum.tokens;
+            }
+            Ok((nats, tokens))
+        })
+    }
+
+    /// Sets the model up and gives it to `compute`.
+    fn with_engine<R>(
+        &self,
+        compute: impl FnOnce(&mut Engine<'_>, &Layout, &mut Exchange<'_>) -> Result<R, TrainError>,
+    ) -> Result<R, TrainError> {
         let trained = self.trained();
         let layout = Layout::new(&state_plan(self.plan, &trained.tensors), Rank::ZERO);
         let device = candle_core::Device::Cpu;
@@ -63,12 +94,7 @@ impl Probe<'_> {
         let decoder = Decoder::new(self.config, &parameters.parameters, device)?;
         let mut engine = Engine::new(decoder, base, (parameters.variables.clone(), &layout), true);
         let mut exchange = Exchange::new(None, Group { rank: Rank::ZERO, world: WorldSize::ONE }, Device::Host);
-        let logits = engine.logits(tokens, &mut exchange)?;
-        if wanted == Wanted::Logits {
-            return Ok((logits, None));
-        }
-        let sum = engine.learn(tokens, None, &layout, &mut exchange)?;
-        Ok((logits, Some(mean(&layout, &engine.gradients, (sum.nats, sum.tokens)))))
+        compute(&mut engine, &layout, &mut exchange)
     }
 
     /// All tensors of the adapter.

@@ -302,7 +302,8 @@ struct Evaluated {
     best: bool,
 }
 
-fn tokens(dataset: &Dataset, part: Split, indices: &[u64]) -> Tokens {
+/// Sequences of a dataset as a model takes them.
+pub(crate) fn tokens(dataset: &Dataset, part: Split, indices: &[u64]) -> Tokens {
     let batch = dataset.batch(part, indices);
     Tokens { ids: batch.ids, targets: batch.targets, starts: batch.starts, batch: batch.batch, seq: batch.sequence }
 }

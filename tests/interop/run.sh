@@ -1,5 +1,5 @@
 #!/usr/bin/env bash
-# Reads our checkpoints with other people's tools: torch.distributed.checkpoint, safetensors, bitsandbytes, MLX; and holds what a
+# Reads our checkpoints with other people's tools: torch.distributed.checkpoint, safetensors, bitsandbytes, HQQ, MLX; reads what they quantize; and holds what a
 # model and its adapter compute against transformers and PEFT.
 #
 #   tests/interop/run.sh            WEIGHTCAST=<binary> to test another one than target/{release,debug}/weightcast
@@ -99,6 +99,13 @@ install_training
 model=$(smollm2)
 timeout 1800 "$python" "$here/forward.py" --binary "$work/weightcast" --model "$repository/tests/data/tiny-llama" \
   --smollm2 "$model" --work "$work/forward" || failed=1
+# HQQ's library, which is Python alone.
+if [ ! -e "$environment/installed-hqq-0.2.8" ]; then
+  timeout 600 "$environment/bin/pip" install --quiet --disable-pip-version-check --no-deps hqq==0.2.8.post1 termcolor einops
+  touch "$environment/installed-hqq-0.2.8"
+fi
+timeout 900 "$python" "$here/formats.py" --binary "$work/weightcast" --model "$repository/tests/data/tiny-llama" \
+  --work "$work/formats" || failed=1
 timeout 900 "$python" "$here/adapters.py" --binary "$work/weightcast" --model "$repository/tests/data/tiny-llama" \
   --work "$work/adapters" || failed=1
 timeout 900 "$python" "$here/trained.py" --binary "$work/weightcast" --model "$repository/tests/data/tiny-llama" \

@@ -9,7 +9,8 @@ use crate::format::{FormatError, ModelIndex, TensorEntry, packed, safetensors};
 use crate::load::{WholeTensor, scan};
 use crate::model::Skeleton;
 use crate::plan::{
-    Chunking, DTypeRule, DeviceRule, Encoding, LoadPlan, LoadRequest, Placement, QuantizationRule, Strategy, plan,
+    Chunking, DTypeRule, DeviceRule, Encoding, LoadPlan, LoadRequest, Placement, QuantizationRule, Quantized, Strategy,
+    plan,
 };
 use crate::quant::Kernels;
 use crate::store::{LocalStore, Store};
@@ -72,7 +73,7 @@ fn make_plan(index: &ModelIndex, root: &Path, world: u32) -> LoadPlan {
         placement: Placement::Shard,
         dtype: DTypeRule::Keep,
         quantization: QuantizationRule::None,
-        keep_quantized: false,
+        quantized: Quantized::Refuse,
         chunking: Chunking { chunk_bytes: 1000, reader_threads: 2, queue_chunks: 2 },
         digests: false,
         device: DeviceRule::default(),

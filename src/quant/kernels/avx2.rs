@@ -252,7 +252,7 @@ fn quantize_int8_row<const FLOAT: u8>(row: Source<'_>, q: &mut [u8], scb: &mut f
         return scalar::quantize_int8(row, q, scb);
     }
     *scb = absmax;
-    let scale = _mm256_set1_ps(127.0 / absmax);
+    let scale = _mm256_set1_ps(scalar::int8_scale(absmax));
     let (q, q_tail) = q.split_at_mut(full);
     for (bytes, q) in body.bytes().chunks_exact(16 * size(FLOAT)).zip(q.as_chunks_mut::<16>().0) {
         store_bytes(q, int8_codes::<FLOAT>(bytes, scale));

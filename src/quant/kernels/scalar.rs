@@ -130,12 +130,17 @@ pub(super) fn quantize_int8(row: Source<'_>, q: &mut [u8], scb: &mut f32) -> u64
         not_finite += count_not_finite(values);
     }
     *scb = absmax;
-    let scale = 127.0 / absmax;
+    let scale = int8_scale(absmax);
     for (part, q) in row.chunks(CHUNK).zip(q.chunks_mut(CHUNK)) {
         let values = decode_as_f16(part, &mut buffer);
         q.iter_mut().zip(values).for_each(|(q, value)| *q = int8_code(*value, scale));
     }
     not_finite
+}
+
+/// `127 / absmax` as torch divides a number by a tensor: by its reciprocal, so with two roundings.
+pub(super) fn int8_scale(absmax: f32) -> f32 {
+    (1.0 / absmax) * 127.0
 }
 
 /// Decodes and rounds to f16.

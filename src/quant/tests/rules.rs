@@ -156,6 +156,26 @@ fn int8_rows_by_hand() {
     }
 }
 
+/// Of a model that bitsandbytes 0.50.2 has quantized: values and their row's largest, where `127 / SCB` rounded once would give
+/// other codes.
+#[test]
+fn int8_ties_fall_as_in_torch() {
+    for (value, largest, code) in
+        [(-0.079_589_844, 0.159_179_69, -63), (-0.054_931_64, 0.109_863_28, -64), (-0.049_072_266, 0.098_144_53, -63)]
+    {
+        // Long enough for whole vectors.
+        let mut row = [value; 64];
+        row[63] = largest;
+        let bytes = le_bytes(&row);
+        let source = Source::new(DType::F32, &bytes).expect("whole elements");
+        for kernels in all_kernels() {
+            let (mut q, mut scb) = ([0; 64], [0.0]);
+            kernels.quantize_int8_rows(source, 64, &mut q, &mut scb).expect("sizes fit");
+            assert!(q[..63].iter().all(|q| q.cast_signed() == code), "{value} {}", kernels.name());
+        }
+    }
+}
+
 /// IEEE 754: 1 + 2^-8 is a tie in bf16, 1 + 2^-11 in f16; 65520 is the first f32 that rounds to infinity in f16.
 #[test]
 fn conversions_by_hand() {
