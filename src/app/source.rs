@@ -207,6 +207,7 @@ fn finish(directory: &Path, config: Option<Vec<u8>>, index: ModelIndex) -> Resul
         })?,
         None => Skeleton::generic(&index),
     };
+    let index = skeleton.with_experts_apart(index);
     let binding = skeleton
         .bind(&index)
         .map_err(|source| SourceError::Keys { directory: directory.display().to_string(), source })?;

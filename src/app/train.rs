@@ -214,7 +214,12 @@ fn skeleton(base: &LoadPlan) -> Result<Skeleton, TrainPlanError> {
         Ok(skeleton)
     } else {
         let name = skeleton.architecture.name();
-        Err(refused(format!("expected a causal language model of a known architecture, found {name}")))
+        let experts = skeleton.architecture.has_experts();
+        let what =
+            if experts { ", a mixture of experts, which can be loaded and saved but not trained yet" } else { "" };
+        Err(refused(format!(
+            "config.json: architectures: expected a causal language model of llama, mistral, qwen2, qwen3 or gpt2, found {name}{what}"
+        )))
     }
 }
 

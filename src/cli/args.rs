@@ -228,7 +228,7 @@ pub struct JobOverrides {
     /// Which ranks read: low-memory (rank 0), striped, full
     #[arg(long, value_parser = parse_strategy)]
     pub strategy: Option<Strategy>,
-    /// What ranks keep: shard, replicate, layers
+    /// What ranks keep: shard, replicate, experts, layers
     #[arg(long, value_parser = parse_placement)]
     pub placement: Option<Placement>,
     /// How it is quantized.
@@ -277,7 +277,7 @@ fn parse_strategy(text: &str) -> Result<Strategy, String> {
 }
 
 fn parse_placement(text: &str) -> Result<Placement, String> {
-    word(text, "shard, replicate or layers")
+    word(text, "shard, replicate, experts or layers")
 }
 
 fn word<T: serde::de::DeserializeOwned>(text: &str, expected: &str) -> Result<T, String> {

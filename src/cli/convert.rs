@@ -33,7 +33,7 @@ directory, and nothing that is in it is run.
 
   weightcast model convert HuggingFaceTB/SmolLM2-135M --to bnb-nf4 --double --output smollm2-nf4
 
-A conversion that was interrupted leaves .NAME.part beside the output; the same command goes on with it.")]
+A conversion that was interrupted leaves .NAME.part beside the output; the same command goes on with it, file by file.")]
 pub struct ConvertFlags {
     /// Model directory, GGUF file or hub id; without --to the checkpoint that torch.save wrote
     model: String,

@@ -10,7 +10,9 @@ use crate::app::{
     DEFAULT_SHARD_BYTES, NewModelError, Stage, StepChoice, TrainedRun, expand_model, export_model, lifecycle,
     list_models, new_model, new_preset, open_model, record_stage,
 };
-use crate::model::{Architecture, DEFAULT_FILE_BYTES, GenerateRequest, NewModel, Preset, inspect, parse_parameters};
+use crate::model::{
+    Architecture, DEFAULT_FILE_BYTES, GENERATED, GenerateRequest, NewModel, Preset, inspect, parse_parameters,
+};
 use crate::types::DType;
 
 /// `weightcast model …`
@@ -241,6 +243,10 @@ fn show(model: &str, as_json: bool) -> u8 {
     data(&format!("architecture  {}", inspection.architecture));
     data(&format!("parameters    {}", inspection.parameters));
     data(&format!("layers        {}", inspection.layers));
+    if let Some(experts) = inspection.experts {
+        let (count, per_token, active) = (experts.count, experts.per_token, experts.active_parameters);
+        data(&format!("experts       {count} in a layer, {per_token} for a token: {active} parameters active"));
+    }
     data(&format!("stored        {} in {} files", bytes(source.index.total_bytes()), source.index.files.len()));
     for (dtype, count) in &inspection.bytes_by_dtype {
         data(&format!("  {dtype:<11} {}", bytes(*count)));
@@ -252,8 +258,6 @@ fn show(model: &str, as_json: bool) -> u8 {
 }
 
 fn parse_architecture(text: &str) -> Result<Architecture, String> {
-    let known =
-        [Architecture::Llama, Architecture::Mistral, Architecture::Qwen2, Architecture::Qwen3, Architecture::Bert];
-    let found = known.into_iter().find(|architecture| architecture.name() == text);
-    found.ok_or_else(|| "expected llama, mistral, qwen2, qwen3 or bert".to_owned())
+    let found = GENERATED.into_iter().find(|architecture| architecture.name() == text);
+    found.ok_or_else(|| format!("expected one of {}", GENERATED.map(Architecture::name).join(", ")))
 }

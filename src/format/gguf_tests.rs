@@ -154,6 +154,51 @@ fn qwen_keeps_its_rows_and_has_biases_and_norms() {
     assert!(config.contains("\"head_dim\": 32"), "{config}");
 }
 
+/// `small` with 3 experts of 32, of which 2 compute a token, all in one tensor of each kind.
+fn mixture(family: &str) -> Writer {
+    let key = |name: &str| format!("{family}.{name}");
+    small(family)
+        .number(&key("expert_count"), 3)
+        .number(&key("expert_used_count"), 2)
+        .tensor("blk.0.ffn_gate_inp.weight", &[64, 3], 0, 64 * 3 * 4)
+        .tensor("blk.0.ffn_gate_exps.weight", &[64, 32, 3], 8, 3 * 32 * 2 * 34)
+        .tensor("blk.0.ffn_up_exps.weight", &[64, 32, 3], 8, 3 * 32 * 2 * 34)
+        .tensor("blk.0.ffn_down_exps.weight", &[32, 64, 3], 8, 3 * 64 * 34)
+}
+
+/// Names and keys as gguf-py's `constants` has them.
+#[test]
+fn mixtures_of_experts_have_their_names_and_figures() {
+    let (index, config) = mixture("llama").index().expect("a small Mixtral");
+    let config: serde_json::Value = serde_json::from_str(&config).expect("JSON");
+    assert_eq!((&config["architectures"][0], &config["model_type"]), (&"MixtralForCausalLM".into(), &"mixtral".into()));
+    assert_eq!((&config["num_local_experts"], &config["num_experts_per_tok"]), (&3.into(), &2.into()));
+    assert_eq!(index.tensors["model.layers.0.mlp.gate.weight"].shape, [3, 64].into());
+    assert_eq!(index.tensors["model.layers.0.mlp.experts.gate_proj.weight"].shape, [3, 32, 64].into());
+    assert_eq!(index.tensors["model.layers.0.mlp.experts.down_proj.weight"].shape, [3, 64, 32].into());
+    let rows = &index.tensors["model.layers.0.self_attn.q_proj.weight"].encoding;
+    assert!(matches!(rows, Encoding::Ggml(GgmlTensor { row_order: RowOrder::InterleavedHalves { .. }, .. })));
+
+    let file = mixture("qwen2moe")
+        .number("qwen2moe.expert_feed_forward_length", 32)
+        .number("qwen2moe.expert_shared_feed_forward_length", 48)
+        .tensor("blk.0.attn_q.bias", &[64], 0, 256)
+        .tensor("blk.0.ffn_gate_inp_shexp.weight", &[64], 0, 256)
+        .tensor("blk.0.ffn_up_shexp.weight", &[64, 48], 1, 64 * 48 * 2);
+    let (index, config) = file.index().expect("a small Qwen2-MoE");
+    let config: serde_json::Value = serde_json::from_str(&config).expect("JSON");
+    assert_eq!((&config["model_type"], &config["qkv_bias"]), (&"qwen2_moe".into(), &true.into()));
+    assert_eq!((&config["moe_intermediate_size"], &config["intermediate_size"]), (&32.into(), &96.into()));
+    assert_eq!(config["shared_expert_intermediate_size"], 48);
+    assert_eq!(index.tensors["model.layers.0.mlp.shared_expert_gate.weight"].shape, [1, 64].into());
+    assert_eq!(index.tensors["model.layers.0.mlp.shared_expert.up_proj.weight"].shape, [48, 64].into());
+    let rows = &index.tensors["model.layers.0.self_attn.q_proj.weight"].encoding;
+    assert!(matches!(rows, Encoding::Ggml(GgmlTensor { row_order: RowOrder::Same, .. })));
+
+    let error = mixture("qwen3moe").index().expect_err("no size");
+    assert!(error.contains("no key qwen3moe.expert_feed_forward_length"), "{error}");
+}
+
 #[test]
 fn damage_is_refused_by_name() {
     let check = |file: Writer, expected: &str| {
@@ -161,7 +206,10 @@ fn damage_is_refused_by_name() {
         assert!(message.contains(expected), "expected {expected:?}, found {message:?}");
     };
     let bare = || Writer::default().string("general.architecture", "llama");
-    check(small("gpt2"), "general.architecture: expected one of llama, qwen2, qwen3, found \"gpt2\"");
+    check(
+        small("gpt2"),
+        "general.architecture: expected one of llama, qwen2, qwen3, qwen2moe, qwen3moe, found \"gpt2\"",
+    );
     check(small("llama").number("llama.block_count", 2), "key \"llama.block_count\" stands twice");
     check(bare(), "there is no key llama.embedding_length");
     check(bare().number("llama.embedding_length", 0), "expected one whole number from 1 to 2^31, found Unsigned(0)");

@@ -44,7 +44,8 @@ impl Skeleton {
     /// Finds every tensor of the skeleton in the index.
     ///
     /// Handled as transformers does: the base model's prefix, absent or present; tied weights, stored once under either
-    /// name or twice; TensorFlow's names of layer norms (`gamma`, `beta`); stored buffers, which are ignored.
+    /// name or twice; TensorFlow's names of layer norms (`gamma`, `beta`); Mixtral's names in transformers 5; stored buffers,
+    /// which are ignored. Fused experts are taken apart before, by [`Skeleton::with_experts_apart`].
     ///
     /// # Errors
     /// [`KeyMismatch`] with everything that is missing, unexpected, or of another shape.
@@ -129,6 +130,8 @@ struct Names<'a> {
     aliases: BTreeMap<&'a str, &'a Fqn>,
     prefix: &'a str,
     prefix_rule: PrefixRule,
+    /// The name that transformers 5 gives to a layer's experts, and the one in published files, where they differ.
+    experts: Option<(&'static str, &'static str)>,
 }
 
 #[derive(Clone, Copy, PartialEq, Eq)]
@@ -150,7 +153,9 @@ impl<'a> Names<'a> {
             _ => PrefixRule::Keep,
         };
         let aliases = skeleton.aliases.iter().map(|alias| (alias.alias.as_str(), &alias.target)).collect();
-        Self { tensors, aliases, prefix, prefix_rule }
+        let mixtral = skeleton.architecture == Architecture::Mixtral;
+        let experts = mixtral.then_some((".mlp.", ".block_sparse_moe."));
+        Self { tensors, aliases, prefix, prefix_rule, experts }
     }
 
     fn of(&self, found: &Fqn) -> Fqn {
@@ -161,6 +166,9 @@ impl<'a> Names<'a> {
             {
                 name = format!("{stem}{new}");
             }
+        }
+        if let Some((new, published)) = self.experts {
+            name = name.replacen(new, published, 1);
         }
         let known = self.tensors.contains(name.as_str()) || self.aliases.contains_key(name.as_str());
         match self.prefix_rule {

@@ -2,6 +2,7 @@
 
 use serde::Deserialize;
 
+use super::experts::{self, Experts};
 use super::rope::{RawRope, RopeParameters, rotated_dims};
 use super::{ModelError, RopeScaling};
 use crate::types::DType;
@@ -9,7 +10,7 @@ use crate::types::DType;
 /// More layers than any published model has, and few enough that a skeleton stays small.
 const MAX_LAYERS: u64 = 4096;
 /// The largest size of a dim: the product of two fits 64 bits.
-const MAX_DIM: u64 = 1 << 31;
+pub(super) const MAX_DIM: u64 = 1 << 31;
 /// The largest head; every rank computes a buffer of half as many frequencies.
 const MAX_HEAD_DIM: u64 = 1 << 16;
 /// The longest sequence; for BERT every rank computes buffers of this length.
@@ -23,6 +24,9 @@ pub enum Architecture {
     Mistral,
     Qwen2,
     Qwen3,
+    Mixtral,
+    Qwen2Moe,
+    Qwen3Moe,
     Gpt2,
     Bert,
     /// Any set of tensors, taken as it is.
@@ -38,10 +42,19 @@ impl Architecture {
             Self::Mistral => "mistral",
             Self::Qwen2 => "qwen2",
             Self::Qwen3 => "qwen3",
+            Self::Mixtral => "mixtral",
+            Self::Qwen2Moe => "qwen2_moe",
+            Self::Qwen3Moe => "qwen3_moe",
             Self::Gpt2 => "gpt2",
             Self::Bert => "bert",
             Self::Generic => "generic",
         }
+    }
+
+    /// Whether layers are mixtures of experts.
+    #[must_use]
+    pub const fn has_experts(self) -> bool {
+        matches!(self, Self::Mixtral | Self::Qwen2Moe | Self::Qwen3Moe)
     }
 }
 
@@ -86,8 +99,10 @@ pub struct ModelConfig {
     pub num_key_value_heads: u64,
     /// Size of one head.
     pub head_dim: u64,
-    /// Size within the MLP.
+    /// Size within the MLP; of a mixture of experts, within its dense layers.
     pub intermediate_size: u64,
+    /// The experts, where layers are mixtures of them.
+    pub experts: Option<Experts>,
     /// Tokens.
     pub vocab_size: u64,
     /// The longest sequence in positions.
@@ -119,7 +134,7 @@ pub struct ModelConfig {
 }
 
 /// Architecture names of transformers, each with family and head.
-const KNOWN: [(&str, Architecture, ModelHead); 14] = [
+const KNOWN: [(&str, Architecture, ModelHead); 20] = [
     ("LlamaForCausalLM", Architecture::Llama, ModelHead::CausalLm),
     ("LLaMAForCausalLM", Architecture::Llama, ModelHead::CausalLm),
     ("LlamaModel", Architecture::Llama, ModelHead::Base),
@@ -129,6 +144,12 @@ const KNOWN: [(&str, Architecture, ModelHead); 14] = [
     ("Qwen2Model", Architecture::Qwen2, ModelHead::Base),
     ("Qwen3ForCausalLM", Architecture::Qwen3, ModelHead::CausalLm),
     ("Qwen3Model", Architecture::Qwen3, ModelHead::Base),
+    ("MixtralForCausalLM", Architecture::Mixtral, ModelHead::CausalLm),
+    ("MixtralModel", Architecture::Mixtral, ModelHead::Base),
+    ("Qwen2MoeForCausalLM", Architecture::Qwen2Moe, ModelHead::CausalLm),
+    ("Qwen2MoeModel", Architecture::Qwen2Moe, ModelHead::Base),
+    ("Qwen3MoeForCausalLM", Architecture::Qwen3Moe, ModelHead::CausalLm),
+    ("Qwen3MoeModel", Architecture::Qwen3Moe, ModelHead::Base),
     ("GPT2LMHeadModel", Architecture::Gpt2, ModelHead::CausalLm),
     ("GPT2Model", Architecture::Gpt2, ModelHead::Base),
     ("BertModel", Architecture::Bert, ModelHead::Base),
@@ -159,6 +180,7 @@ struct Raw {
     rms_norm_eps: Option<f64>,
     layer_norm_eps: Option<f64>,
     attention_bias: Option<bool>,
+    qkv_bias: Option<bool>,
     mlp_bias: Option<bool>,
     sliding_window: Option<u64>,
     use_sliding_window: Option<bool>,
@@ -198,6 +220,11 @@ impl ModelConfig {
         if gpt2 {
             raw.name_as_others_do()?;
         }
+        if architecture == Architecture::Mixtral {
+            // Its defaults are not the other families'.
+            raw.rope_theta.get_or_insert(1e6);
+            raw.rms_norm_eps.get_or_insert(1e-5);
+        }
         let bert = architecture == Architecture::Bert;
         let size = |field, value: Option<u64>| within(field, value, MAX_DIM);
         let hidden_size = size("hidden_size", raw.hidden_size)?;
@@ -226,6 +253,7 @@ impl ModelConfig {
             num_key_value_heads: kv_heads,
             head_dim,
             intermediate_size: size("intermediate_size", raw.intermediate_size)?,
+            experts: experts::parse(config_json, architecture, layers, raw.intermediate_size)?,
             vocab_size: size("vocab_size", raw.vocab_size)?,
             max_position_embeddings: max_positions,
             type_vocab_size: if bert { size("type_vocab_size", raw.type_vocab_size.or(Some(2)))? } else { 0 },
@@ -299,8 +327,11 @@ impl Raw {
     fn attention_bias(&self, architecture: Architecture) -> AttentionBias {
         match architecture {
             Architecture::Qwen2 => AttentionBias::Qkv,
+            Architecture::Qwen2Moe if self.qkv_bias != Some(false) => AttentionBias::Qkv,
             Architecture::Bert | Architecture::Gpt2 => AttentionBias::All,
-            Architecture::Llama | Architecture::Qwen3 if self.attention_bias == Some(true) => AttentionBias::All,
+            Architecture::Llama | Architecture::Qwen3 | Architecture::Qwen3Moe if self.attention_bias == Some(true) => {
+                AttentionBias::All
+            }
             _ => AttentionBias::None,
         }
     }
@@ -332,7 +363,7 @@ impl Raw {
 
     /// `layer_types` (transformers 5), else `max_window_layers`: Qwen's first layers see everything, the others a window.
     fn first_window_layer(&self, architecture: Architecture) -> Result<u32, ModelError> {
-        if !matches!(architecture, Architecture::Qwen2 | Architecture::Qwen3) {
+        if !matches!(architecture, Architecture::Qwen2 | Architecture::Qwen3 | Architecture::Qwen2Moe) {
             return Ok(0);
         }
         let Some(types) = &self.layer_types else { return Ok(self.max_window_layers.unwrap_or(28)) };
@@ -346,8 +377,10 @@ impl Raw {
     /// Qwen writes a window that holds only where `use_sliding_window` is true; Mistral's always holds.
     fn sliding_window(&self, architecture: Architecture) -> Option<u64> {
         let used = match architecture {
-            Architecture::Mistral => true,
-            Architecture::Qwen2 | Architecture::Qwen3 => self.use_sliding_window.unwrap_or(false),
+            Architecture::Mistral | Architecture::Mixtral => true,
+            Architecture::Qwen2 | Architecture::Qwen3 | Architecture::Qwen2Moe | Architecture::Qwen3Moe => {
+                self.use_sliding_window.unwrap_or(false)
+            }
             _ => false,
         };
         self.sliding_window.filter(|_| used)
@@ -359,7 +392,7 @@ fn unknown(found: &str) -> ModelError {
     ModelError::UnknownArchitecture { found: found.to_owned(), known: known.join(", ") }
 }
 
-fn within(field: &'static str, value: Option<u64>, limit: u64) -> Result<u64, ModelError> {
+pub(super) fn within(field: &'static str, value: Option<u64>, limit: u64) -> Result<u64, ModelError> {
     match value {
         None => Err(ModelError::MissingField { field }),
         Some(found) if found == 0 || found > limit => Err(ModelError::OutOfRange { field, limit, found }),

@@ -1,6 +1,7 @@
-//! The decoders of the Llama family: Llama, Mistral, Qwen2, Qwen3.
+//! The decoders of the Llama family: Llama, Mistral, Qwen2, Qwen3, and the mixtures of experts Mixtral, Qwen2-MoE, Qwen3-MoE.
 
 use super::config::{Architecture, AttentionBias, ModelConfig, ModelHead};
+use super::experts;
 use super::skeleton::{Alias, Buffer, BufferKind, Role, Skeleton, Tensors};
 use crate::types::Shape;
 
@@ -16,7 +17,7 @@ pub(super) fn skeleton(config: ModelConfig) -> Skeleton {
     for number in 0..config.num_hidden_layers {
         tensors.prefix = format!("{base}layers.{number}.");
         tensors.layer = Some(number);
-        layer(&mut tensors, &config);
+        layer(&mut tensors, &config, number);
     }
     tensors.prefix = base.to_owned();
     tensors.layer = None;
@@ -52,8 +53,8 @@ pub(super) fn skeleton(config: ModelConfig) -> Skeleton {
 }
 
 /// One layer, in the order in which it computes.
-fn layer(tensors: &mut Tensors, config: &ModelConfig) {
-    let (hidden, inner) = (config.hidden_size, config.intermediate_size);
+fn layer(tensors: &mut Tensors, config: &ModelConfig, number: u32) {
+    let hidden = config.hidden_size;
     let (query, key_value) = (config.query_size(), config.key_value_size());
     let qkv_bias = config.attention_bias != AttentionBias::None;
     let output_bias = config.attention_bias == AttentionBias::All;
@@ -61,12 +62,16 @@ fn layer(tensors: &mut Tensors, config: &ModelConfig) {
     tensors.linear("self_attn.q_proj", [query, hidden], qkv_bias);
     tensors.linear("self_attn.k_proj", [key_value, hidden], qkv_bias);
     tensors.linear("self_attn.v_proj", [key_value, hidden], qkv_bias);
-    if config.architecture == Architecture::Qwen3 {
+    if matches!(config.architecture, Architecture::Qwen3 | Architecture::Qwen3Moe) {
         tensors.add("self_attn.q_norm.weight", [config.head_dim], Role::Norm);
         tensors.add("self_attn.k_norm.weight", [config.head_dim], Role::Norm);
     }
     tensors.linear("self_attn.o_proj", [hidden, query], output_bias);
     tensors.add("post_attention_layernorm.weight", [hidden], Role::Norm);
+    if let Some(experts) = config.experts.as_ref().filter(|experts| experts.is_sparse(number)) {
+        return experts::layer(tensors, config, experts);
+    }
+    let inner = config.intermediate_size;
     tensors.linear("mlp.gate_proj", [inner, hidden], config.mlp_bias);
     tensors.linear("mlp.up_proj", [inner, hidden], config.mlp_bias);
     tensors.linear("mlp.down_proj", [hidden, inner], config.mlp_bias);

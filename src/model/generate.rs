@@ -18,10 +18,22 @@ const MIN_PARAMETERS: u64 = 100_000;
 /// Beyond the largest published dense models.
 const MAX_PARAMETERS: u64 = 1_000_000_000_000;
 
+/// The families whose sizes are chosen here.
+pub const GENERATED: [Architecture; 8] = [
+    Architecture::Llama,
+    Architecture::Mistral,
+    Architecture::Qwen2,
+    Architecture::Qwen3,
+    Architecture::Mixtral,
+    Architecture::Qwen2Moe,
+    Architecture::Qwen3Moe,
+    Architecture::Bert,
+];
+
 /// What model to make.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub struct GenerateRequest {
-    /// The family; neither [`Architecture::Gpt2`] nor [`Architecture::Generic`].
+    /// The family, one of [`GENERATED`].
     pub architecture: Architecture,
     /// About how many parameters.
     pub parameters: u64,
@@ -56,7 +68,7 @@ pub enum GenerateError {
         found: DType,
     },
     /// The family has no layers of its own, or its sizes are not chosen here.
-    #[error("architecture: expected llama, mistral, qwen2, qwen3 or bert, found {found}")]
+    #[error("architecture: expected one of {}, found {found}", GENERATED.map(Architecture::name).join(", "))]
     Architecture {
         /// The family's name.
         found: &'static str,
@@ -142,7 +154,7 @@ pub fn generate(request: &GenerateRequest) -> Result<NewModel, GenerateError> {
     if !(MIN_PARAMETERS..=MAX_PARAMETERS).contains(&found) {
         return Err(GenerateError::Parameters { found });
     }
-    if matches!(request.architecture, Architecture::Generic | Architecture::Gpt2) {
+    if !GENERATED.contains(&request.architecture) {
         return Err(GenerateError::Architecture { found: request.architecture.name() });
     }
     new_model(super::size::choose(request.architecture, request.parameters).config_json(request.dtype), request)

@@ -15,7 +15,10 @@ pub(super) struct Sizes {
     heads: u64,
     key_value_heads: u64,
     head_dim: u64,
+    /// Size within the MLP; in a mixture of experts, within one expert.
     inner: u64,
+    /// Experts of a layer; 1 MLP in a dense one.
+    experts: u64,
     vocab: u64,
     tied: bool,
 }
@@ -43,11 +46,13 @@ fn fit(architecture: Architecture, parameters: u64, hidden: u64, layers: u64) ->
     let empty = Sizes { inner: 0, ..Sizes::new(architecture, parameters, hidden, layers) };
     let left = parameters.checked_sub(empty.count())?;
     let per_row = Sizes { inner: 1, ..empty }.count() - empty.count();
-    // Whole tiles for the hardware, smaller ones in small models.
-    let tile = if hidden < 512 { 16 } else { 64 };
+    // Whole tiles for the hardware, smaller ones in small models and where a layer has many of them.
+    let tile = if hidden < 512 || empty.experts > 8 { 16 } else { 64 };
     let inner = (left / per_row + tile / 2) / tile * tile;
-    // Llama's 2.7, Mistral's 3.5 and BERT's 4 times the hidden size are all in between.
-    (inner >= 2 * hidden && inner <= 5 * hidden).then_some(Sizes { inner, ..empty })
+    // Llama's 2.7, Mistral's 3.5 and BERT's 4 times the hidden size are all in between; so are the parts of it that Qwen's
+    // many small experts have.
+    let (least, most) = if is_qwen_moe(architecture) { (hidden / 4, hidden) } else { (2 * hidden, 5 * hidden) };
+    (inner > 0 && inner >= least && inner <= most).then_some(Sizes { inner, ..empty })
 }
 
 /// How far the count is off, in ten-thousandths, and how unusual the proportions are, in percent; less is better.
@@ -56,9 +61,20 @@ fn score(sizes: &Sizes, parameters: u64) -> u64 {
     // Published models are wider per layer the larger they are: 64 at 100 M to 128 at 7 B.
     let usual_width = if parameters < 1_000_000_000 { 64 } else { 112 };
     let aspect = ratio_percent(sizes.hidden, usual_width * sizes.layers);
-    let usual_inner = if sizes.architecture == Architecture::Bert { 400 } else { 300 };
+    let usual_inner = match sizes.architecture {
+        Architecture::Bert => 400,
+        Architecture::Mixtral => 350,
+        // 1408 of 2048, 768 of 2048.
+        Architecture::Qwen2Moe => 69,
+        Architecture::Qwen3Moe => 38,
+        _ => 300,
+    };
     let mlp = ratio_percent(sizes.inner * 100, usual_inner * sizes.hidden);
     off + aspect + mlp
+}
+
+const fn is_qwen_moe(architecture: Architecture) -> bool {
+    matches!(architecture, Architecture::Qwen2Moe | Architecture::Qwen3Moe)
 }
 
 /// By how many percent the larger exceeds the smaller.
@@ -84,7 +100,14 @@ impl Sizes {
             (..50_000_000, _) => 2048,
             (_, Architecture::Bert) => 30_522,
             (500_000_000.., Architecture::Qwen2 | Architecture::Qwen3) => 151_936,
+            (500_000_000.., other) if is_qwen_moe(other) => 151_936,
             _ => 32_000,
+        };
+        let experts = match (parameters, architecture) {
+            (10_000_000_000.., Architecture::Qwen2Moe) => 60,
+            (10_000_000_000.., Architecture::Qwen3Moe) => 128,
+            _ if architecture.has_experts() => 8,
+            _ => 1,
         };
         Self {
             architecture,
@@ -94,6 +117,7 @@ impl Sizes {
             key_value_heads: if grouped { heads / 4 } else { heads },
             head_dim,
             inner: hidden * 3,
+            experts,
             vocab,
             tied: parameters < 1_000_000_000,
         }
@@ -110,13 +134,24 @@ impl Sizes {
         }
         let attention = 2 * query * hidden + 2 * key_value * hidden;
         let extra = match self.architecture {
-            Architecture::Qwen2 => query + 2 * key_value,
-            Architecture::Qwen3 => 2 * self.head_dim,
+            Architecture::Qwen2 | Architecture::Qwen2Moe => query + 2 * key_value,
+            Architecture::Qwen3 | Architecture::Qwen3Moe => 2 * self.head_dim,
             _ => 0,
         };
-        let layer = attention + extra + 3 * hidden * inner + 2 * hidden;
+        let router = if self.architecture.has_experts() { self.experts * hidden } else { 0 };
+        let shared = match self.architecture {
+            Architecture::Qwen2Moe => 3 * hidden * self.shared_inner() + hidden,
+            _ => 0,
+        };
+        let mlp = router + self.experts * 3 * hidden * inner + shared;
+        let layer = attention + extra + mlp + 2 * hidden;
         let tables = if self.tied { 1 } else { 2 };
         tables * self.vocab * hidden + self.layers * layer + hidden
+    }
+
+    /// Size within Qwen2-MoE's shared expert: as in the published model, that of the experts that compute one token.
+    const fn shared_inner(&self) -> u64 {
+        4 * self.inner
     }
 
     fn positions(&self) -> u64 {
@@ -137,7 +172,8 @@ impl Sizes {
             ("dtype", json!(dtype.torch_name())),
             ("hidden_size", json!(self.hidden)),
             ("initializer_range", json!(0.02)),
-            ("intermediate_size", json!(self.inner)),
+            // Qwen's sparse layers do not use it.
+            ("intermediate_size", json!(if is_qwen_moe(self.architecture) { 3 * self.hidden } else { self.inner })),
             ("max_position_embeddings", json!(self.positions())),
             ("model_type", json!(self.architecture.name())),
             ("num_attention_heads", json!(self.heads)),
@@ -156,6 +192,9 @@ impl Sizes {
             Architecture::Mistral => ("MistralForCausalLM", 10_000.0),
             Architecture::Qwen2 => ("Qwen2ForCausalLM", 1_000_000.0),
             Architecture::Qwen3 => ("Qwen3ForCausalLM", 1_000_000.0),
+            Architecture::Mixtral => ("MixtralForCausalLM", 1_000_000.0),
+            Architecture::Qwen2Moe => ("Qwen2MoeForCausalLM", 1_000_000.0),
+            Architecture::Qwen3Moe => ("Qwen3MoeForCausalLM", 1_000_000.0),
             _ => ("LlamaForCausalLM", 10_000.0),
         };
         let mut fields = vec![
@@ -178,6 +217,13 @@ impl Sizes {
                 ("pretraining_tp", json!(1)),
             ]),
             Architecture::Mistral => fields.push(("sliding_window", Value::Null)),
+            Architecture::Mixtral => fields.extend([
+                ("num_experts_per_tok", json!(2)),
+                ("num_local_experts", json!(self.experts)),
+                ("output_router_logits", json!(false)),
+                ("router_aux_loss_coef", json!(0.001)),
+                ("sliding_window", Value::Null),
+            ]),
             _ => {
                 let layer_types: Vec<&str> = (0..self.layers).map(|_| "full_attention").collect();
                 fields.extend([
@@ -186,11 +232,39 @@ impl Sizes {
                     ("sliding_window", Value::Null),
                     ("use_sliding_window", json!(false)),
                 ]);
-                if self.architecture == Architecture::Qwen3 {
+                if matches!(self.architecture, Architecture::Qwen3 | Architecture::Qwen3Moe) {
                     fields.push(("attention_bias", json!(false)));
                 }
+                fields.extend(self.qwen_moe_fields());
             }
         }
+        fields
+    }
+
+    fn qwen_moe_fields(&self) -> Vec<(&'static str, Value)> {
+        if !is_qwen_moe(self.architecture) {
+            return Vec::new();
+        }
+        let qwen3 = self.architecture == Architecture::Qwen3Moe;
+        let per_token = match self.experts {
+            ..=8 => 2,
+            _ if qwen3 => 8,
+            _ => 4,
+        };
+        let mut fields = vec![
+            ("decoder_sparse_step", json!(1)),
+            ("mlp_only_layers", json!([])),
+            ("moe_intermediate_size", json!(self.inner)),
+            ("norm_topk_prob", json!(qwen3)),
+            ("num_experts", json!(self.experts)),
+            ("num_experts_per_tok", json!(per_token)),
+            ("output_router_logits", json!(false)),
+            ("router_aux_loss_coef", json!(0.001)),
+        ];
+        if qwen3 {
+            return fields;
+        }
+        fields.extend([("qkv_bias", json!(true)), ("shared_expert_intermediate_size", json!(self.shared_inner()))]);
         fields
     }
 

@@ -11,7 +11,8 @@ use crate::types::{Fqn, Shape};
 /// What a tensor is for; decides what is quantized and what is cut over the ranks.
 ///
 /// Quantized are [`Role::Linear`] matrices only. That is what transformers with bitsandbytes does: linear layers, except
-/// the output head (tied or not) and, in a base model without a head, the last module.
+/// the output head (tied or not) and, in a base model without a head, the last module. Of experts it quantizes nothing where
+/// they are fused; here each matrix of each expert is a linear layer's, as in files that store them apart.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Hash, Serialize, Deserialize)]
 #[serde(rename_all = "kebab-case")]
 pub enum Role {
@@ -23,6 +24,8 @@ pub enum Role {
     Norm,
     /// The bias of a linear layer.
     Bias,
+    /// The matrix that sends tokens to experts, or the gate of the shared expert; kept whole by all, never quantized.
+    Router,
     /// The matrix of the output head, or of the last module of a base model; never quantized.
     Head,
     /// Anything else.
@@ -145,7 +148,8 @@ impl Skeleton {
     /// A skeleton of whatever the files have, in the natural order of names, for architectures that are not known.
     ///
     /// Roles go by name: a 2-D `*.weight` is a linear layer's, unless a part of its name says embedding (`embed`, `wte`,
-    /// `wpe`, `token_type`), norm (`norm`, `ln`, `ln_1` …) or head (`lm_head`, `score`, `classifier`).
+    /// `wpe`, `token_type`), norm (`norm`, `ln`, `ln_1` …), router (`router`, `shared_expert_gate`, `gate` alone) or head
+    /// (`lm_head`, `score`, `classifier`).
     #[must_use]
     pub fn generic(index: &ModelIndex) -> Self {
         let mut tensors: Vec<SkeletonTensor> = index
@@ -233,6 +237,8 @@ fn role_by_name(name: &str, dims: usize) -> Role {
         Role::Embedding
     } else if lower.ends_with("bias") {
         Role::Bias
+    } else if part(&|part| part == "router" || part == "shared_expert_gate") || lower.ends_with(".gate.weight") {
+        Role::Router
     } else if dims == 2 && lower.ends_with(".weight") {
         Role::Linear
     } else {

@@ -410,21 +410,24 @@ proptest! {
     /// No configuration makes the parser or the skeleton panic, whatever stands in its fields.
     #[test]
     fn configurations_never_panic(
-        edits in prop::collection::vec((0_usize..18, numbers()), 0..6), name in 0_usize..11,
+        edits in prop::collection::vec((0_usize..24, numbers()), 0..6), name in 0_usize..14,
     ) {
-        const FIELDS: [&str; 18] = [
+        const FIELDS: [&str; 24] = [
             "hidden_size", "num_hidden_layers", "num_attention_heads", "num_key_value_heads", "head_dim",
             "intermediate_size", "vocab_size", "max_position_embeddings", "type_vocab_size", "rope_theta",
             "rope_scaling", "rope_parameters", "partial_rotary_factor", "rms_norm_eps", "sliding_window",
-            "architectures", "dtype", "quantization_config",
+            "architectures", "dtype", "quantization_config", "num_experts", "num_experts_per_tok",
+            "moe_intermediate_size", "shared_expert_intermediate_size", "decoder_sparse_step", "mlp_only_layers",
         ];
-        const NAMES: [&str; 11] = [
+        const NAMES: [&str; 14] = [
             "LlamaForCausalLM", "LlamaModel", "MistralForCausalLM", "MistralModel", "Qwen2ForCausalLM", "Qwen2Model",
             "Qwen3ForCausalLM", "Qwen3Model", "BertModel", "BertForMaskedLM", "BertForPreTraining",
+            "MixtralForCausalLM", "Qwen2MoeModel", "Qwen3MoeForCausalLM",
         ];
         let mut config = json!({
             "architectures": [NAMES[name]], "hidden_size": 64, "num_hidden_layers": 2, "num_attention_heads": 4,
-            "intermediate_size": 128, "vocab_size": 256,
+            "intermediate_size": 128, "vocab_size": 256, "num_experts": 4, "num_experts_per_tok": 2,
+            "moe_intermediate_size": 32, "shared_expert_intermediate_size": 64,
         });
         for (field, value) in edits {
             config[FIELDS[field]] = value;

@@ -104,6 +104,12 @@ pub enum PlanError {
         /// The overflow.
         source: ShapeOverflow,
     },
+    /// The placement is by experts, and the model has none.
+    #[error("load.placement: expected shard, replicate or layers, because {model} has no experts, found experts")]
+    NoExperts {
+        /// The model.
+        model: String,
+    },
     /// The job asks for another quantization than the weights have.
     #[error(
         "tensor {fqn} is quantized already: expected no quantization in the job, or {found}; found {expected} in the job"
@@ -130,6 +136,8 @@ impl Classify for PlanError {
             Self::RankDoesNotFit { .. } | Self::HostDoesNotFit { .. } | Self::DeviceDoesNotFit { .. } => {
                 Kind::Exhausted
             }
+            // A configuration that cannot work, not a bad input.
+            Self::NoExperts { .. } => Kind::Conflict,
             Self::Shape { .. } | Self::Quantized { .. } | Self::Empty { .. } => Kind::Invalid,
         }
     }
@@ -140,7 +148,7 @@ impl Classify for PlanError {
 /// The order of tensors is the skeleton's: as the layers follow one another.
 ///
 /// # Errors
-/// [`PlanError::Empty`] and [`PlanError::Shape`].
+/// [`PlanError::Empty`], [`PlanError::NoExperts`] and [`PlanError::Shape`].
 pub fn plan(
     request: LoadRequest,
     index: &ModelIndex,
@@ -200,8 +208,12 @@ pub(crate) fn assemble(
             .map_err(|source| PlanError::Shape { fqn: tensor.fqn.clone(), source })?;
     }
     assign_readers(&mut tensors, request.strategy, request.world);
-    if request.placement == Placement::Layers {
-        super::layers::assign_owners(&mut tensors, request.world, &request.split);
+    match request.placement {
+        Placement::Layers => super::layers::assign_owners(&mut tensors, request.world, &request.split),
+        Placement::Experts if !super::experts::assign_owners(&mut tensors, request.world) => {
+            return Err(PlanError::NoExperts { model: request.model });
+        }
+        _ => {}
     }
     Ok(LoadPlan {
         version: PLAN_VERSION,

@@ -7,9 +7,11 @@
 //! - `PL-1`: the components of an encoding depend on the shape alone (`quant::Encoding`).
 //! - `PL-2`: the kept ranges of all ranks cover every component; the owned ranges cover it exactly once (`cut`).
 //! - `PL-3`: the sequence of pieces is a function of the plan alone, so every rank walks the same one (`pieces`).
+//! - `PL-4`: an expert's matrices have one owner, a function of the expert's number and the number of ranks (`experts`).
 
 mod build;
 mod cut;
+mod experts;
 mod ggml_mix;
 mod layers;
 mod memory;
@@ -75,6 +77,8 @@ pub enum Placement {
     /// Dim 0 of every large tensor is cut over the ranks; small tensors are kept by all (FSDP-like).
     #[default]
     Shard,
+    /// Whole experts go to ranks (expert parallel); all else is cut as with [`Placement::Shard`].
+    Experts,
     /// Whole layers go to ranks, in proportion to what each can take (a device map); small tensors are kept by all.
     Layers,
 }
@@ -129,7 +133,7 @@ pub struct TensorPlan {
     pub encoding: Encoding,
     /// Whether it is cut over the ranks or kept by all.
     pub sharded: bool,
-    /// The rank that keeps all of a sharded tensor, when whole layers go to ranks.
+    /// The rank that keeps all of a sharded tensor, when whole layers or experts go to ranks.
     pub owner: Option<Rank>,
     /// The rank that reads it (unless the strategy is [`Strategy::Full`]), and that owns it if it is not sharded.
     pub reader: Rank,

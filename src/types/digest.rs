@@ -55,7 +55,8 @@ impl TensorDigest {
         if next.bytes == 0 {
             return self;
         }
-        let crc64 = crc_fast::checksum_combine(Crc64Nvme, self.crc64, next.crc64, next.bytes);
+        // Bytes that follow move the remainder of those before up by their own length (zlib's crc32_combine).
+        let crc64 = product(self.crc64, power_of_bytes(next.bytes)) ^ next.crc64;
         Self { crc64, bytes: self.bytes + next.bytes }
     }
 
@@ -64,6 +65,50 @@ impl TensorDigest {
     pub const fn bytes(self) -> u64 {
         self.bytes
     }
+}
+
+/// CRC-64/NVME's polynomial, reflected: bit 63 is the factor of x^0, and x^64 is left out.
+const POLYNOMIAL: u64 = 0x9a6c_9329_ac4b_c9b5;
+/// x^0.
+const ONE: u64 = 1 << 63;
+
+/// x^(8 * 2^i) modulo the polynomial, for each bit i of a number of bytes. crc-fast's own combination squares matrices of
+/// bits: with it, four ranks took 60 s to save the 18,867 tensors of a mixture of 128 experts, and 8 s without.
+const POWERS: [u64; 64] = {
+    let mut powers = [0; 64];
+    // x^8.
+    let mut power = ONE >> 8;
+    let mut bit = 0;
+    while bit < 64 {
+        powers[bit] = power;
+        power = product(power, power);
+        bit += 1;
+    }
+    powers
+};
+
+/// The product of two polynomials over GF(2), modulo the polynomial.
+const fn product(mut left: u64, mut right: u64) -> u64 {
+    let mut result = 0;
+    while left != 0 {
+        if left & ONE != 0 {
+            result ^= right;
+        }
+        left <<= 1;
+        // Times x: a factor of x^63 becomes one of x^64, which the polynomial takes away.
+        let carry = right & 1;
+        right >>= 1;
+        if carry != 0 {
+            right ^= POLYNOMIAL;
+        }
+    }
+    result
+}
+
+/// x^(8 * bytes) modulo the polynomial.
+fn power_of_bytes(bytes: u64) -> u64 {
+    let set = POWERS.iter().enumerate().filter(|(bit, _)| bytes >> bit & 1 == 1);
+    set.fold(ONE, |power, (_, &step)| product(power, step))
 }
 
 impl fmt::Display for TensorDigest {
@@ -180,6 +225,17 @@ mod tests {
         }
         assert_eq!(TensorDigest::empty().append(whole), whole);
         assert_eq!(whole.to_string().parse(), Ok(whole));
+    }
+
+    /// Lengths that are never in memory: as crc-fast combines them.
+    #[test]
+    fn dg_1_long_parts_are_combined_as_by_crc_fast() {
+        let (one, other) = (TensorDigest::of(b"one"), TensorDigest::of(b"other"));
+        for bytes in [1, 2, 255, 4096, 1_000_003, (1 << 40) + 12_345, u64::MAX - 8] {
+            let expected = crc_fast::checksum_combine(Crc64Nvme, one.crc64, other.crc64, bytes);
+            let found = one.append(TensorDigest { crc64: other.crc64, bytes });
+            assert_eq!(found.crc64, expected, "{bytes}");
+        }
     }
 
     #[test]

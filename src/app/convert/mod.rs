@@ -29,8 +29,6 @@ use crate::plan::{
 use crate::store::{LocalStore, NewFile, Store, StoreError, open_root, read_small, write_small};
 use crate::types::{DType, Rank, WorldSize, as_u64, f32Bits};
 
-/// What the unfinished conversion beside the output was asked for.
-const REQUEST_FILE: &str = "convert.json";
 /// A request is a few lines.
 const MAX_REQUEST_BYTES: u64 = 1 << 20;
 
@@ -115,14 +113,17 @@ pub fn convert_model(
     let (parent, name) = split(&request.output);
     let beside = LocalStore::new(&parent);
     beside.create_dir("")?;
+    let part = format!(".{name}.part");
+    // Says what the unfinished conversion was asked for.
+    let record = format!("{part}.json");
     if beside.list("")?.contains(&name) {
+        beside.remove(&record)?;
         return Err(DirectoryError::Exists { directory: request.output.display().to_string() }.into());
     }
     let source = open_model(&request.model, progress)?;
     let plan = make_plan(request, &source)?;
     let files = layout(&plan, request.max_file_bytes);
-    let part = format!(".{name}.part");
-    go_on_with(&beside, &part, &wanted(request, &plan))?;
+    go_on_with(&beside, (&part, &record), &wanted(request, &plan))?;
     let to = LocalStore::new(parent.join(&part));
     let from = open_root(&source.root)?.store;
     let from = from.as_ref();
@@ -136,10 +137,10 @@ pub fn convert_model(
         }
     }
     finish(request, &source, &files, (from, &to))?;
-    to.remove(REQUEST_FILE)?;
     to.sync_dir("")?;
     crate::faults::point("convert.written");
     beside.publish(&part, &name)?;
+    beside.remove(&record)?;
     let bytes = files.iter().map(OutputFile::data_bytes).sum();
     Ok(ConvertedModel { bytes, files: files.len(), kept_files })
 }
@@ -180,19 +181,19 @@ fn wanted(request: &ConvertRequest, plan: &LoadPlan) -> Value {
 }
 
 /// Leaves a directory `part` that an interrupted conversion of the same request has begun, and else an empty one.
-fn go_on_with(beside: &LocalStore, part: &str, wanted: &Value) -> Result<(), StoreError> {
-    let file = format!("{part}/{REQUEST_FILE}");
-    let found = match read_small(beside, &file, MAX_REQUEST_BYTES) {
+fn go_on_with(beside: &LocalStore, (part, record): (&str, &str), wanted: &Value) -> Result<(), StoreError> {
+    let found = match read_small(beside, record, MAX_REQUEST_BYTES) {
         Ok(bytes) => serde_json::from_slice::<Value>(&bytes).ok(),
         Err(error) if error.kind() == Kind::NotFound => None,
         Err(error) => return Err(error),
     };
     if found.as_ref() == Some(wanted) {
-        return Ok(());
+        return beside.create_dir(part);
     }
+    beside.remove(record)?;
     beside.remove(part)?;
     beside.create_dir(part)?;
-    write_small(beside, &file, wanted.to_string().as_bytes())
+    write_small(beside, record, wanted.to_string().as_bytes())
 }
 
 /// Makes one file of weights, which is there under its name when it is durable.
@@ -250,7 +251,7 @@ fn finish(
     (from, to): (&dyn Store, &LocalStore),
 ) -> Result<(), ConvertError> {
     let present = to.list("")?;
-    for name in present.iter().filter(|name| !files.iter().any(|file| file.name == **name) && **name != REQUEST_FILE) {
+    for name in present.iter().filter(|name| !files.iter().any(|file| file.name == **name)) {
         to.remove(name)?;
     }
     if let Some(index) = layout::index_json(files) {

@@ -13,8 +13,8 @@ use crate::types::{DType, Fqn, Shape};
 const GLOBAL: [(&str, &str); 3] =
     [("token_embd", "model.embed_tokens"), ("output_norm", "model.norm"), ("output", "lm_head")];
 
-/// Modules of a layer.
-const LAYER: [(&str, &str); 11] = [
+/// Modules of a layer. Those of experts hold all experts of the layer.
+const LAYER: [(&str, &str); 20] = [
     ("attn_norm", "input_layernorm"),
     ("attn_q", "self_attn.q_proj"),
     ("attn_k", "self_attn.k_proj"),
@@ -26,7 +26,19 @@ const LAYER: [(&str, &str); 11] = [
     ("ffn_gate", "mlp.gate_proj"),
     ("ffn_up", "mlp.up_proj"),
     ("ffn_down", "mlp.down_proj"),
+    ("ffn_gate_inp", "mlp.gate"),
+    ("ffn_gate_exps", "mlp.experts.gate_proj"),
+    ("ffn_up_exps", "mlp.experts.up_proj"),
+    ("ffn_gate_up_exps", "mlp.experts.gate_up_proj"),
+    ("ffn_down_exps", "mlp.experts.down_proj"),
+    ("ffn_gate_shexp", "mlp.shared_expert.gate_proj"),
+    ("ffn_up_shexp", "mlp.shared_expert.up_proj"),
+    ("ffn_down_shexp", "mlp.shared_expert.down_proj"),
+    ("ffn_gate_inp_shexp", "mlp.shared_expert_gate"),
 ];
+
+/// Hugging Face has it as a matrix of one row, llama.cpp as a vector.
+const SHARED_GATE: &str = ".ffn_gate_inp_shexp.";
 
 /// Divisors of the rotary frequencies, computed by the converter from config.json; no parameter.
 const ROPE_FACTORS: &str = "rope_freqs.weight";
@@ -36,6 +48,9 @@ const ROPE_FACTORS: &str = "rope_freqs.weight";
 struct Family {
     name: &'static str,
     class: &'static str,
+    model_type: &'static str,
+    /// Whether layers are mixtures of experts.
+    experts: bool,
     /// Whether the converter interleaves the rows of query and key.
     interleaves: bool,
     /// The default of `rms_norm_eps`, `rope_theta` in config.json.
@@ -43,11 +58,34 @@ struct Family {
 }
 
 /// Mistral's files say `llama` too, and differ in nothing that weights depend on.
-const FAMILIES: [Family; 3] = [
-    Family { name: "llama", class: "LlamaForCausalLM", interleaves: true, theta: 10_000.0 },
-    Family { name: "qwen2", class: "Qwen2ForCausalLM", interleaves: false, theta: 10_000.0 },
-    Family { name: "qwen3", class: "Qwen3ForCausalLM", interleaves: false, theta: 10_000.0 },
+const FAMILIES: [Family; 5] = [
+    LLAMA,
+    Family { name: "qwen2", class: "Qwen2ForCausalLM", model_type: "qwen2", interleaves: false, ..LLAMA },
+    Family { name: "qwen3", class: "Qwen3ForCausalLM", model_type: "qwen3", interleaves: false, ..LLAMA },
+    Family { name: "qwen2moe", class: "Qwen2MoeForCausalLM", model_type: "qwen2_moe", ..QWEN3_MOE },
+    QWEN3_MOE,
 ];
+
+const LLAMA: Family = Family {
+    name: "llama",
+    class: "LlamaForCausalLM",
+    model_type: "llama",
+    experts: false,
+    interleaves: true,
+    theta: 10_000.0,
+};
+
+/// Its files say `llama`, and state a number of experts.
+const MIXTRAL: Family = Family { class: "MixtralForCausalLM", model_type: "mixtral", experts: true, ..LLAMA };
+
+const QWEN3_MOE: Family = Family {
+    name: "qwen3moe",
+    class: "Qwen3MoeForCausalLM",
+    model_type: "qwen3_moe",
+    experts: true,
+    interleaves: false,
+    ..LLAMA
+};
 
 /// The header's figures, read under the family's name.
 #[derive(Clone, Copy, Debug)]
@@ -109,7 +147,7 @@ impl Gguf {
             ("hidden_size", json!(figures.size("embedding_length")?)),
             ("intermediate_size", json!(figures.size("feed_forward_length")?)),
             ("max_position_embeddings", json!(figures.size("context_length")?)),
-            ("model_type", json!(figures.family.name)),
+            ("model_type", json!(figures.family.model_type)),
             ("num_attention_heads", json!(heads)),
             ("num_hidden_layers", json!(figures.size("block_count")?)),
             ("num_key_value_heads", json!(kv_heads)),
@@ -118,11 +156,17 @@ impl Gguf {
             ("tie_word_embeddings", json!(self.tensor("output.weight").is_none())),
             ("vocab_size", json!(embedding.dims.get(1))),
         ]);
-        if figures.family.name != "qwen2" {
-            keys.insert("attention_bias", json!(self.tensor("blk.0.attn_q.bias").is_some()));
+        let biased = json!(self.tensor("blk.0.attn_q.bias").is_some());
+        match figures.family.model_type {
+            "qwen2" => {}
+            "qwen2_moe" => _ = keys.insert("qkv_bias", biased),
+            _ => _ = keys.insert("attention_bias", biased),
         }
-        if figures.family.name == "llama" {
+        if figures.family.model_type == "llama" {
             keys.insert("mlp_bias", json!(self.tensor("blk.0.ffn_gate.bias").is_some()));
+        }
+        if figures.family.experts {
+            keys.extend(figures.experts()?);
         }
         for (token, id) in [("bos_token_id", "bos"), ("eos_token_id", "eos"), ("pad_token_id", "padding")] {
             if let Some(Value::Unsigned(id)) = self.values.get(&format!("tokenizer.ggml.{id}_token_id")) {
@@ -143,7 +187,9 @@ impl Gguf {
             Some(Value::Text(name)) => name.as_str(),
             _ => "nothing",
         };
+        let mixture = self.values.contains_key("llama.expert_count");
         match FAMILIES.into_iter().find(|family| family.name == found) {
+            Some(family) if family.name == LLAMA.name && mixture => Ok(Figures { gguf: self, file, family: MIXTRAL }),
             Some(family) => Ok(Figures { gguf: self, file, family }),
             None => {
                 let known = FAMILIES.map(|family| family.name).join(", ");
@@ -197,6 +243,28 @@ impl Figures<'_> {
         Err(self.error(format!("embedding_length {hidden} is no multiple of attention.head_count {heads}")))
     }
 
+    /// The fields of config.json that only mixtures of experts have.
+    fn experts(&self) -> Result<Vec<(&'static str, Json)>, FormatError> {
+        let count = json!(self.size("expert_count")?);
+        let per_token = ("num_experts_per_tok", json!(self.size("expert_used_count")?));
+        if self.family.model_type == MIXTRAL.model_type {
+            return Ok(vec![("num_local_experts", count), per_token]);
+        }
+        let qwen3 = self.family.model_type == QWEN3_MOE.model_type;
+        let mut fields = vec![
+            ("num_experts", count),
+            per_token,
+            ("moe_intermediate_size", json!(self.size("expert_feed_forward_length")?)),
+            // The header does not say; llama.cpp computes the two families so.
+            ("norm_topk_prob", json!(qwen3)),
+        ];
+        if !qwen3 {
+            let shared = self.size("expert_shared_feed_forward_length")?;
+            fields.push(("shared_expert_intermediate_size", json!(shared)));
+        }
+        Ok(fields)
+    }
+
     /// `rope_parameters`. What cannot be said in it must not be lost silently: training would go on with wrong positions.
     fn rope(&self) -> Result<Json, FormatError> {
         if self.gguf.tensor(ROPE_FACTORS).is_some() {
@@ -239,7 +307,10 @@ fn entry(tensor: &Tensor, row_order: RowOrder) -> TensorEntry {
         (GgmlType::BF16, RowOrder::Same) => (DType::BF16, Encoding::Plain),
         _ => (DType::F32, ggml),
     };
-    let shape = Shape(tensor.dims.iter().rev().copied().collect());
+    let mut shape = Shape(tensor.dims.iter().rev().copied().collect());
+    if tensor.name.contains(SHARED_GATE) && shape.dims() == 1 {
+        shape.0.insert(0, 1);
+    }
     TensorEntry { dtype, shape, file: 0, range: tensor.range, encoding }
 }
 
