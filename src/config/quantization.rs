@@ -66,7 +66,7 @@ impl QuantizationConfig {
             let expected = "nothing, because GGUF's blocks have their size";
             return refuse("quantization.block", expected, block.to_string());
         }
-        if self.double && (affine || self.format.ggml_mix().is_some()) {
+        if self.double && !matches!(self.format, Format::Nf4 | Format::Fp4) {
             return refuse("quantization.double", "false; it is for nf4 and fp4", "true".to_owned());
         }
         Ok(())

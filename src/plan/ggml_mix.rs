@@ -34,7 +34,8 @@ impl GgmlMix {
             Self::Q5KM => (GgmlType::Q5_K, GgmlType::Q6_K),
         };
         let name = fqn.as_str();
-        let sensitive = name.contains("v_proj") || name.contains("down_proj");
+        // The last matrix of the MLP is w2 in Mixtral's experts.
+        let sensitive = ["v_proj", "down_proj", ".w2."].into_iter().any(|part| name.contains(part));
         let wanted = match fqn.layer() {
             Some(layer) if sensitive && more_bits(layer, layers) => more,
             _ => base,

@@ -5,7 +5,7 @@ use std::path::Path;
 use serde_json::json;
 
 use super::{carry_out, concatenated};
-use crate::format::{FormatError, ModelIndex, TensorEntry, packed, safetensors};
+use crate::format::{self, FormatError, GgmlType, ModelIndex, TensorEntry, packed, safetensors};
 use crate::load::{WholeTensor, scan};
 use crate::model::Skeleton;
 use crate::plan::{
@@ -235,6 +235,36 @@ fn fp8_in_blocks() {
     let expected = floats(find(&vectors, "matrix_dequantized"));
     let found = check(&config, &tensors, &[expected], as_it_is);
     assert_eq!(found[0].name(), "fp8-e4m3");
+}
+
+/// candle's blocks against gguf's own Python code, which packs no K-quants.
+#[test]
+fn blocks_of_gguf() {
+    let vectors = vectors("gguf");
+    let (_, _, weights) = find(&vectors, "weights");
+    let weights: Vec<f32> = weights.as_chunks().0.iter().map(|word| f32::from_le_bytes(*word)).collect();
+    let dequantized = |ggml_type: GgmlType, name: &str| {
+        let (_, _, bytes) = find(&vectors, name);
+        let mut found = vec![0.0; weights.len()];
+        format::dequantize(ggml_type, bytes, &mut found).expect("whole blocks");
+        let expected = floats(find(&vectors, &format!("{}.dequantized", ggml_type.name())));
+        for (at, (found, expected)) in found.iter().zip(&expected).enumerate() {
+            let close = (found - expected).abs() <= expected.abs() * f32::EPSILON;
+            assert!(close, "{} {at}: {found} {expected}", ggml_type.name());
+        }
+    };
+    for ggml_type in [GgmlType::Q4_0, GgmlType::Q4_1, GgmlType::Q5_0, GgmlType::Q5_1, GgmlType::Q8_0] {
+        let name = format!("{}.packed", ggml_type.name());
+        let (_, _, expected) = find(&vectors, &name);
+        let mut packed = vec![0; expected.len()];
+        format::quantize(ggml_type, &weights, &mut packed).expect("whole blocks");
+        let different = packed.iter().zip(expected).filter(|(found, expected)| found != expected).count();
+        assert_eq!(different, 0, "{}: of {} bytes", ggml_type.name(), packed.len());
+        dequantized(ggml_type, &name);
+    }
+    for ggml_type in [GgmlType::Q2_K, GgmlType::Q3_K, GgmlType::Q4_K, GgmlType::Q5_K, GgmlType::Q6_K] {
+        dequantized(ggml_type, &format!("{}.blocks", ggml_type.name()));
+    }
 }
 
 /// What does not fit is named, with what was expected and found.
