@@ -6,6 +6,7 @@
 pub mod adapter;
 pub mod app;
 pub mod bench;
+pub mod cache;
 pub mod checkpoint;
 pub mod cli;
 pub mod clock;

@@ -88,6 +88,7 @@ fn save(root: &str, step: u64, adapter: &BTreeMap<String, Stored>, training: Opt
         files: Vec::new(),
         versions: Vec::new(),
         digest_tables: Vec::new(),
+        cache: None,
         tensors: all.iter().map(planned).collect(),
         aliases: Vec::new(),
     };

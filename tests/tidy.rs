@@ -8,7 +8,7 @@ const RINGS: [&[&str]; 5] = [
     &["types", "clock", "error", "faults"],
     &["format", "model", "quant", "plan", "manifest", "membership", "adapter", "recipe"],
     &["store", "hub", "device", "comm", "tasks", "state", "nn", "data", "metrics"],
-    &["checkpoint", "load", "train", "coordinator", "worker"],
+    &["checkpoint", "cache", "load", "train", "coordinator", "worker"],
     &["rpc", "config", "app", "bench", "cli"],
 ];
 

@@ -11,6 +11,7 @@ use super::model_export::ModelExportError;
 use super::prepare::{PrepareError, Prepared};
 use super::running::{RunFile, RunFileError};
 use super::train_output::{OutputPlace, RunOutput};
+use crate::cache::CacheClaim;
 use crate::config::JobConfig;
 use crate::coordinator::{
     Coordinator, CoordinatorConfig, CoordinatorError, Interrupted, JobRecord, Journal, JournalError, View,
@@ -140,6 +141,8 @@ pub async fn coordinate(
     make_private(&place.state_directory, is_new)?;
     let token = token(&place)?;
     let mut tasks = Tasks::new();
+    // The entry of the cache is the job's until the end; a coordinator that is started again relies on files that are open.
+    let mut claim: Option<CacheClaim> = None;
     let (record, listener, left) = match journal.interrupted()? {
         Some(Interrupted { record, generation, end }) => {
             let address = if place.listen.port() == 0 { record.listens } else { place.listen };
@@ -149,8 +152,13 @@ pub async fn coordinate(
         None => {
             let listener = Listener::bind(place.listen).await?;
             let address = listener.address();
-            let record =
-                blocking(move || Ok::<_, PrepareError>(job_record(&config, prepare(&config)?, address))).await?;
+            let make = move || {
+                let mut prepared = prepare(&config)?;
+                let claim = prepared.claim_cache()?;
+                Ok::<_, PrepareError>((job_record(&config, prepared, address), claim))
+            };
+            let (record, held) = blocking(make).await?;
+            claim = held;
             journal.begin(&record)?;
             (record, listener, None)
         }
@@ -180,6 +188,7 @@ pub async fn coordinate(
     crate::faults::point("coordinator.over");
     journal.close()?;
     RunFile::remove(&directory);
+    drop(claim);
     let loads = coordinator.loads();
     tasks.shut_down(Duration::from_millis(500)).await;
     let output = if preempted { None } else { write_output(output, &view).await };

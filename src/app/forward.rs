@@ -6,6 +6,7 @@
 use std::path::{Path, PathBuf};
 
 use super::adapter_source::{AdapterSource, AdapterSourceError};
+use super::alone::load_alone;
 use super::prepare::{PrepareError, prepare};
 use super::weight_files::WeightFiles;
 use crate::adapter::{LoadedAdapter, linears};
@@ -13,13 +14,13 @@ use crate::config::{JobConfig, QuantizationConfig};
 use crate::error::{Classify, Kind, chain};
 use crate::format::{FormatError, safetensors};
 use crate::hub::Progress;
-use crate::load::{LoadError, LoadOptions, load};
+use crate::load::LoadError;
 use crate::model::Skeleton;
 use crate::nn::Tokens;
 use crate::plan::LoadPlan;
-use crate::store::{LocalStore, ReadAt, Store, StoreError, open_root};
+use crate::store::{LocalStore, ReadAt, Store, StoreError};
 use crate::train::{Gradients, Probe, TrainError, Wanted};
-use crate::types::{ByteRange, DType, DeviceWish, Fqn, Rank, Shape, WorldSize, as_u64, as_usize};
+use crate::types::{ByteRange, DType, DeviceWish, Fqn, Shape, WorldSize, as_u64, as_usize};
 
 /// The tensor that is read.
 const INPUT_IDS: &str = "input_ids";
@@ -150,8 +151,9 @@ pub fn forward(request: &ForwardRequest, progress: &dyn Fn(Progress<'_>)) -> Res
     config.model.source = Some(request.model.clone());
     config.load.device = DeviceWish::Cpu;
     config.quantization = request.quantization.clone();
-    let plan = prepare(&config, WorldSize::ONE, progress)?.plan;
-    let skeleton = skeleton(&plan)?;
+    let prepared = prepare(&config, WorldSize::ONE, progress)?;
+    let plan = &prepared.plan;
+    let skeleton = skeleton(plan)?;
     let adapter: Option<LoadedAdapter> = match &request.adapter {
         Some(reference) => Some(AdapterSource::open_peft(reference, progress)?.read(&linears(&skeleton))?),
         None => None,
@@ -160,8 +162,7 @@ pub fn forward(request: &ForwardRequest, progress: &dyn Fn(Progress<'_>)) -> Res
         || ForwardError::Model { model: plan.model.clone(), reason: "its architecture is unknown".to_owned() };
     let model = skeleton.config.as_ref().ok_or_else(no_config)?;
     check_memory(&tokens, model.vocab_size)?;
-    let files = open_root(&plan.root).map_err(LoadError::from)?.store;
-    let (base, _) = load(&plan, &LoadOptions::on_host(Rank::ZERO, files.as_ref()), None)?;
+    let (plan, base) = load_alone(prepared)?;
     let probe = Probe { plan: &plan, base: &base, config: model, adapter: adapter.as_ref() };
     let wanted = if request.gradients { Wanted::Gradients } else { Wanted::Logits };
     let (logits, gradients) = probe.run(&tokens, wanted).map_err(Box::new)?;

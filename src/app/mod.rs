@@ -6,6 +6,7 @@ mod adapter_export;
 mod adapter_figure;
 mod adapter_merge;
 mod adapter_source;
+mod alone;
 mod companions;
 mod convert;
 mod coordinate;

@@ -4,6 +4,7 @@ use std::path::Path;
 
 use super::source::{SourceError, open_model};
 use super::train::{TrainPlanError, apply_recipe, train_plan};
+use crate::cache::{self, CacheClaim, CacheError, Found};
 use crate::checkpoint::{self, Checkpoint, CheckpointError, Skipped, plan_resume};
 use crate::config::{ConfigError, JobConfig, ResumePolicy};
 use crate::device::{self, Device, DeviceError, LocalRank};
@@ -31,6 +32,19 @@ pub struct Prepared {
     pub skipped: Vec<Skipped>,
     /// The step that a checkpoint of this job will have.
     pub step: Step,
+    /// What the cache has of the model, if the job has a cache.
+    pub cached: Option<Found>,
+}
+
+impl Prepared {
+    /// Holds the entry of the cache for the job, which then writes into it what it lacks. The entry is held until what is
+    /// returned is dropped.
+    ///
+    /// # Errors
+    /// [`PrepareError::Cache`].
+    pub fn claim_cache(&mut self) -> Result<Option<CacheClaim>, PrepareError> {
+        self.cached.take().map(|found| found.claim(&mut self.plan)).transpose().map_err(PrepareError::from)
+    }
 }
 
 /// Why a job cannot be started.
@@ -52,6 +66,9 @@ pub enum PrepareError {
     /// There are no such devices.
     #[error(transparent)]
     Device(#[from] DeviceError),
+    /// The cache cannot be used.
+    #[error(transparent)]
+    Cache(#[from] CacheError),
     /// The training run cannot be started.
     #[error(transparent)]
     Train(#[from] TrainPlanError),
@@ -78,6 +95,7 @@ impl Classify for PrepareError {
             Self::Plan(source) => source.kind(),
             Self::Device(source) => source.kind(),
             Self::Train(source) => source.kind(),
+            Self::Cache(source) => source.kind(),
             Self::OtherCheckpoint { .. } => Kind::Conflict,
         }
     }
@@ -225,7 +243,9 @@ fn fresh(config: &JobConfig, world: WorldSize, progress: &dyn Fn(Progress<'_>)) 
     request.config_json = source.config_json;
     let mut plan = plan(request, &source.index, &source.skeleton, &source.binding)?;
     plan.versions = source.versions;
-    Ok(Prepared { plan, resumed_from: None, skipped: Vec::new(), step: Step(config.checkpoint.step) })
+    let cached = config.cache_place().map(|place| cache::attach(&mut plan, &place)).transpose()?;
+    let step = Step(config.checkpoint.step);
+    Ok(Prepared { plan, resumed_from: None, skipped: Vec::new(), step, cached })
 }
 
 fn resume(
@@ -243,17 +263,17 @@ fn resume(
     }
     let plan = plan_resume(request, checkpoint)?;
     let resumed_from = Some(checkpoint.directory.clone());
-    Ok(Prepared { plan, resumed_from, skipped, step: checkpoint.manifest.step })
+    Ok(Prepared { plan, resumed_from, skipped, step: checkpoint.manifest.step, cached: None })
 }
 
-type Found = Option<(Checkpoint, Vec<Skipped>)>;
+type Resumable = Option<(Checkpoint, Vec<Skipped>)>;
 
 /// A training run: the base from the model, the state from a checkpoint if there is one.
 fn train(
     config: &JobConfig,
     recipe: &Recipe,
     world: WorldSize,
-    (found, progress): (Found, &dyn Fn(Progress<'_>)),
+    (found, progress): (Resumable, &dyn Fn(Progress<'_>)),
 ) -> Result<Prepared, PrepareError> {
     let root = config.checkpoint.directory.as_deref().unwrap_or_else(|| Path::new(""));
     if let Some((checkpoint, _)) = &found

@@ -7,18 +7,18 @@ use std::path::PathBuf;
 
 use serde::Serialize;
 
+use super::alone::load_alone;
 use super::prepare::{PrepareError, prepare};
 use crate::config::{JobConfig, QuantizationConfig, QuantizationFormat};
 use crate::data::{DataConfig, DataError, Dataset, Split, Tokenizer};
 use crate::device::DeviceError;
 use crate::error::{Classify, Kind, chain};
 use crate::hub::Progress;
-use crate::load::{LoadError, LoadOptions, WholeTensor, load};
+use crate::load::{LoadError, WholeTensor};
 use crate::model::Skeleton;
 use crate::plan::{Encoding, LoadPlan};
 use crate::quant::{Kernels, QuantError};
 use crate::state::StateDict;
-use crate::store::open_root;
 use crate::train::{Probe, TrainError, tokens};
 use crate::types::{DeviceWish, Fqn, Rank, WorldSize, as_f64};
 
@@ -219,9 +219,8 @@ fn load_in(
     config.load.dtype.clone_from(&format.dtype);
     config.quantization = format.quantization.clone();
     let prepared = prepare(&config, WorldSize::ONE, progress);
-    let plan = prepared.map_err(|source| QualityError::Prepare { format: format.name.clone(), source })?.plan;
-    let files = open_root(&plan.root).map_err(LoadError::from)?.store;
-    let (state, _) = load(&plan, &LoadOptions::on_host(Rank::ZERO, files.as_ref()), None)?;
+    let prepared = prepared.map_err(|source| QualityError::Prepare { format: format.name.clone(), source })?;
+    let (plan, state) = load_alone(prepared)?;
     Ok(Loaded { plan, state })
 }
 

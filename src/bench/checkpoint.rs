@@ -73,6 +73,7 @@ pub(super) fn plan(world: WorldSize, bytes: u64) -> LoadPlan {
         root: String::new(),
         files: Vec::new(),
         versions: Vec::new(),
+        cache: None,
         digest_tables: Vec::new(),
         tensors: (0..TENSORS).map(tensor).collect(),
         aliases: Vec::new(),

@@ -25,6 +25,7 @@ mod write;
 pub use catalog::{Checkpoint, Listed, Skipped, list, newest, open};
 pub use commit::{begin, commit};
 pub use error::CheckpointError;
+pub(crate) use names::table_name;
 pub use names::{LATEST, parse_step_name, step_name};
 pub use prune::{Delete, Pruned, prune, retain};
 pub use read::VerifiedFile;

@@ -57,7 +57,8 @@ pub(super) fn shard_name(rank: Rank) -> String {
     format!("shard-{:05}-model-00001-of-00001.safetensors", rank.0 + 1)
 }
 
-pub(super) fn table_name(shard: &str) -> String {
+/// The file of the block digests of `shard`.
+pub(crate) fn table_name(shard: &str) -> String {
     format!("{shard}{TABLE_SUFFIX}")
 }
 

@@ -15,6 +15,7 @@ const READ_CHUNK_BYTES: u64 = 1 << 20;
 #[derive(Debug)]
 pub struct VerifiedFile {
     file: Box<dyn ReadAt>,
+    name: String,
     path: String,
     table: Vec<u32>,
     edges: Edges,
@@ -43,7 +44,13 @@ impl VerifiedFile {
             return Err(CheckpointError::Table { path: table_path, expected, found });
         }
         let table = bytes.as_chunks::<4>().0.iter().map(|entry| u32::from_le_bytes(*entry)).collect();
-        Ok(Self { file, path, table, edges: Edges::default() })
+        Ok(Self { file, name: name.to_owned(), path, table, edges: Edges::default() })
+    }
+
+    /// Its name in the store.
+    #[must_use]
+    pub fn name(&self) -> &str {
+        &self.name
     }
 
     /// Fills `into` with the file's bytes from `offset`; `tensor` names what is read, for the message.

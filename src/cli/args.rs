@@ -61,6 +61,12 @@ pub enum Command {
         #[command(subcommand)]
         command: CheckpointCommand,
     },
+    /// List, verify and prune the cache of what loads made
+    Cache {
+        /// What to do
+        #[command(subcommand)]
+        command: super::cache::CacheCommand,
+    },
     /// Show the ranks of a running job
     Status(StatusFlags),
     /// Have a running job write a checkpoint now, and wait until it is committed
@@ -255,6 +261,12 @@ pub struct JobOverrides {
     /// Report the digest of every tensor when the load is done
     #[arg(long)]
     pub digests: bool,
+    /// Keep what is made of the weights in this directory, and read from it what was made before [env: WEIGHTCAST_CACHE]
+    #[arg(long, value_name = "DIR")]
+    pub cache: Option<PathBuf>,
+    /// What the cache may take, in GiB; 64 by default
+    #[arg(long, value_name = "GIB")]
+    pub cache_max_gib: Option<u64>,
     /// Where checkpoints are
     #[arg(long, value_name = "DIR")]
     pub checkpoint_dir: Option<PathBuf>,
@@ -304,6 +316,8 @@ impl JobOverrides {
         over(self.dtype, &mut config.load.dtype);
         over(self.reader_threads, &mut config.load.reader_threads);
         over(self.memory_per_rank_mib.map(|mebibytes| mebibytes << 20), &mut config.load.memory_per_rank_bytes);
+        over(self.cache, &mut config.load.cache);
+        over(self.cache_max_gib.map(|gibibytes| gibibytes << 30), &mut config.load.cache_max_bytes);
         over(self.checkpoint_dir, &mut config.checkpoint.directory);
         config.load.placement = self.placement.unwrap_or(config.load.placement);
         self.quantize.apply(&mut config.quantization);

@@ -121,8 +121,16 @@ fn run_job(config: JobConfig, args: LaunchArgs, as_json: bool) -> u8 {
         Ok(world) => world,
         Err(error) => return fail_with(&error, super::EXIT_USAGE),
     };
-    let prepared = match prepare(&config, world, &super::output::download) {
+    let mut prepared = match prepare(&config, world, &super::output::download) {
         Ok(prepared) => prepared,
+        Err(error) => return refuse(&error),
+    };
+    if let Some(found) = &prepared.cached {
+        let (cached, missing) = (bytes(found.cached_bytes), bytes(found.missing_bytes));
+        say(&format!("[launcher] cache entry {}: {cached} to read, {missing} to make", found.key));
+    }
+    let _claim = match prepared.claim_cache() {
+        Ok(claim) => claim,
         Err(error) => return refuse(&error),
     };
     for skipped in &prepared.skipped {

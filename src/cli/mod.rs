@@ -5,6 +5,7 @@
 mod adapter;
 mod args;
 mod bench;
+mod cache;
 mod checkpoint;
 mod convert;
 mod coordinator;
@@ -57,6 +58,7 @@ pub fn main(arguments: impl Iterator<Item = std::ffi::OsString>) -> u8 {
         Command::Adapter { command } => adapter::run(&command),
         Command::Model { command } => model::run(&command),
         Command::Checkpoint { command } => checkpoint::run(&command),
+        Command::Cache { command } => cache::run(&command),
         Command::Status(flags) => job::status(&flags),
         Command::Save(flags) => job::save(&flags),
         Command::Drain(flags) => job::drain(&flags),

@@ -5,10 +5,11 @@ use std::path::{Path, PathBuf};
 use serde::Deserialize;
 
 use super::QuantizationConfig;
+use crate::cache::CachePlace;
 use crate::error::{Classify, Kind};
 use crate::membership::ExitPolicy;
 use crate::plan::{Chunking, DTypeRule, DeviceBudget, DeviceRule, MemoryBudget, Placement, QuantizationRule, Strategy};
-use crate::store::is_remote;
+use crate::store::{absolute, is_remote};
 use crate::train::Recipe;
 use crate::types::{BackendWish, DType, DeviceWish, Sharing};
 
@@ -18,6 +19,9 @@ use crate::types::{BackendWish, DType, DeviceWish, Sharing};
 const CHUNK_BYTES: u64 = 256 << 10;
 /// Results that may wait to be sent: 16 MiB of source.
 const QUEUE_CHUNKS: u32 = 64;
+
+/// What the cache may take: a model of 70 billion weights in 4 bits, and some smaller ones.
+pub(crate) const CACHE_MAX_BYTES: u64 = 64 << 30;
 
 /// A job.
 #[derive(Clone, Debug, Default, PartialEq, Deserialize)]
@@ -81,6 +85,11 @@ pub struct LoadConfig {
     pub device: DeviceWish,
     /// Let several ranks share a CUDA device when there are fewer devices than ranks.
     pub share_devices: bool,
+    /// The directory that keeps what loads make (quantized and converted weights) for later loads of the same model in the
+    /// same form.
+    pub cache: Option<PathBuf>,
+    /// Bytes that all entries of the cache may take; 64 GiB by default.
+    pub cache_max_bytes: Option<u64>,
     /// What moves weights between ranks: `auto` (NCCL between CUDA devices where it can be loaded, else TCP), `nccl`,
     /// `tcp`.
     pub backend: BackendWish,
@@ -159,6 +168,9 @@ impl JobConfig {
         if let Some(directory) = config.checkpoint.directory.as_mut().filter(|directory| !is_remote(directory)) {
             *directory = base.join(&*directory);
         }
+        if let Some(directory) = &mut config.load.cache {
+            *directory = base.join(&*directory);
+        }
         if let Some(source) = &mut config.model.source {
             let local = base.join(&*source);
             if !is_remote(&*source) && local.exists() {
@@ -216,6 +228,13 @@ impl JobConfig {
             reader_threads: u32::try_from(threads).unwrap_or(1),
             queue_chunks: QUEUE_CHUNKS,
         })
+    }
+
+    /// Where what loads make is kept: as the job says, else `WEIGHTCAST_CACHE`, else nowhere.
+    #[must_use]
+    pub fn cache_place(&self) -> Option<CachePlace> {
+        let root = self.load.cache.clone().or_else(|| super::variable("WEIGHTCAST_CACHE").map(PathBuf::from))?;
+        Some(CachePlace { root: absolute(&root), max_bytes: self.load.cache_max_bytes.unwrap_or(CACHE_MAX_BYTES) })
     }
 
     /// The memory that ranks may use.

@@ -15,7 +15,7 @@ use crate::types::{ByteRange, DType, as_u64, as_usize};
 /// What the threads of a reader share.
 #[derive(Clone, Copy, Debug)]
 pub(super) struct Encoder<'a> {
-    pub(super) files: &'a Files,
+    pub(super) files: &'a Files<'a>,
     pub(super) meters: &'a Meters,
     pub(super) kernels: Kernels,
 }

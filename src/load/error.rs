@@ -47,6 +47,14 @@ pub enum LoadError {
     /// A checkpoint's bytes do not hold.
     #[error(transparent)]
     Checkpoint(#[from] CheckpointError),
+    /// A file of the cache does not hold.
+    #[error("{source}; {outcome}")]
+    Cache {
+        /// What is wrong with it.
+        source: CheckpointError,
+        /// What became of it, and what to do.
+        outcome: &'static str,
+    },
     /// Encoding failed.
     #[error("tensor {fqn}: {source}")]
     Encode {
@@ -93,7 +101,7 @@ impl Classify for LoadError {
             Self::Read { source, .. } => source.kind(),
             Self::Open(source) => source.kind(),
             Self::Changed { .. } | Self::Version { .. } => Kind::Corrupt,
-            Self::Checkpoint(source) => source.kind(),
+            Self::Checkpoint(source) | Self::Cache { source, .. } => source.kind(),
             Self::Encode { source, .. } => source.kind(),
             Self::Decode { source, .. } => source.kind(),
             Self::Plan { .. } => Kind::Internal,

@@ -4,6 +4,7 @@ use std::sync::atomic::Ordering;
 
 use super::LoadError;
 use super::report::{Meters, timed};
+use crate::cache::CacheWriter;
 use crate::comm::{Communicator, Scatter};
 use crate::device::{Device, DeviceContext, DeviceError, Memory, Slice, SliceMut};
 use crate::plan::{Holding, LoadPlan, Part, Piece, TensorPlan};
@@ -66,20 +67,25 @@ impl Keeper<'_> {
 }
 
 /// One rank's end of all routes.
-pub(super) struct Mover<'a, 'c> {
+pub(super) struct Mover<'a, 'c, 'p> {
     pub(super) rank: Rank,
     pub(super) comm: Option<&'c mut dyn Communicator>,
     pub(super) keeper: Keeper<'a>,
+    /// Keeps what this rank makes for the next load.
+    pub(super) cache: Option<CacheWriter<'p>>,
     pub(super) meters: &'a Meters,
     /// The memory that `comm` moves.
     pub(super) comm_device: Device,
     pub(super) scratch: Scratch,
 }
 
-impl Mover<'_, '_> {
+impl Mover<'_, '_, '_> {
     /// Keeps this rank's part of a piece and sends the others theirs. `bytes` is the piece.
     pub(super) fn deliver(&mut self, route: &Route<'_>, piece: Piece, bytes: &mut [u8]) -> Result<(), LoadError> {
         crate::faults::point("load.deliver");
+        if let Some(cache) = &mut self.cache {
+            timed(&self.meters.place_ns, || cache.write((route.index, piece.component), piece.range.start(), bytes));
+        }
         self.keep(route, piece, bytes)?;
         if self.comm.is_none() {
             return Ok(());

@@ -11,6 +11,7 @@ use super::place::{Keeper, Mover, Route, Scratch, Sink};
 use super::report::{LoadReport, Meters, timed};
 use super::source::Files;
 use super::{LoadError, statistics};
+use crate::cache::CacheWriter;
 use crate::comm::Communicator;
 use crate::device::Device;
 use crate::plan::{Input, LoadPlan, Part, Piece, Strategy, f32Bits};
@@ -43,6 +44,8 @@ pub struct LoadOptions<'a> {
     pub rank: Rank,
     /// Where the plan's files are.
     pub store: &'a dyn Store,
+    /// Where the entry of the cache is that the plan names.
+    pub cache: Option<&'a dyn Store>,
     /// Where the rank's weights go.
     pub device: Device,
     /// The memory that the communicator moves: the host's, or the device's.
@@ -62,6 +65,7 @@ impl<'a> LoadOptions<'a> {
         Self {
             rank,
             store,
+            cache: None,
             device: Device::Host,
             comm_device: Device::Host,
             kernels: Kernels::detect(),
@@ -122,13 +126,14 @@ fn carry_out<'a>(
     (keeper, comm): (Keeper<'a>, Option<&mut dyn Communicator>),
 ) -> Result<(), LoadError> {
     let reads = plan.reads(options.rank);
-    let files = if reads { Files::open(plan, options.rank, options.store)? } else { Files::Model(Vec::new()) };
+    let files = if reads { Files::open(plan, options.rank, options.store, options.cache)? } else { Files::none() };
     let encoder = Encoder { files: &files, meters, kernels: options.kernels };
     let pipeline = Pipeline::new(plan);
     let mover = Mover {
         rank: options.rank,
         comm,
         keeper,
+        cache: CacheWriter::new(plan, options.rank, options.cache),
         meters,
         comm_device: options.comm_device,
         scratch: Scratch::default(),
@@ -152,7 +157,7 @@ fn walk(
     plan: &LoadPlan,
     options: &LoadOptions<'_>,
     pipeline: &Pipeline,
-    mut mover: Mover<'_, '_>,
+    mut mover: Mover<'_, '_, '_>,
 ) -> Result<(), LoadError> {
     for (index, tensor) in plan.tensors.iter().enumerate() {
         if options.cancel.is_cancelled() {
@@ -175,6 +180,9 @@ fn walk(
         }
         options.done_bytes.store(mover.meters.done_bytes.load(Ordering::Relaxed), Ordering::Relaxed);
     }
+    if let Some(cache) = mover.cache.take() {
+        cache.finish();
+    }
     Ok(())
 }
 
@@ -196,7 +204,7 @@ fn send_encoded(
     plan: &LoadPlan,
     options: &LoadOptions<'_>,
     pipeline: &Pipeline,
-    mover: &mut Mover<'_, '_>,
+    mover: &mut Mover<'_, '_, '_>,
     route: &Route<'_>,
 ) -> Result<(), LoadError> {
     let alone = plan.strategy == Strategy::Full;
@@ -247,7 +255,7 @@ fn statistics_start(route: &Route<'_>, component: usize, first_element: u64) -> 
 fn send_stored(
     plan: &LoadPlan,
     pipeline: &Pipeline,
-    mover: &mut Mover<'_, '_>,
+    mover: &mut Mover<'_, '_, '_>,
     route: &Route<'_>,
 ) -> Result<(), LoadError> {
     for _ in 0..super::jobs::jobs_of(plan, mover.rank, route.index) {
@@ -262,7 +270,7 @@ fn send_stored(
     Ok(())
 }
 
-fn place_offset(mover: &mut Mover<'_, '_>, route: &Route<'_>, bits: u32) -> Result<(), LoadError> {
+fn place_offset(mover: &mut Mover<'_, '_, '_>, route: &Route<'_>, bits: u32) -> Result<(), LoadError> {
     let component = route.tensor.components().iter().position(|component| component.part == Part::NestedOffset);
     if let Some(component) = component {
         mover.keeper.write((route.index, component), 0, &bits.to_le_bytes())?;

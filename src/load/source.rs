@@ -5,47 +5,68 @@ use std::collections::BTreeSet;
 use super::LoadError;
 use super::jobs::{Work, jobs};
 use super::report::{Meters, timed};
-use crate::checkpoint::VerifiedFile;
+use crate::checkpoint::{CheckpointError, VerifiedFile};
+use crate::error::{Classify as _, Kind};
+use crate::format::FileEntry;
 use crate::plan::{Input, LoadPlan};
 use crate::store::{ReadAt, Store};
-use crate::types::{ByteRange, Fqn, Rank, as_usize};
+use crate::types::{ByteRange, DigestTable, Fqn, Rank, as_usize};
 
-/// All files of a plan.
+/// All files of a plan: its own, then those of the cache.
 #[derive(Debug)]
-pub(super) enum Files {
-    /// A model's: their headers were checked when the plan was made.
-    Model(Vec<Box<dyn ReadAt>>),
-    /// A checkpoint's: every touched block is verified. Those that this rank reads nothing of are not opened, so that
-    /// many ranks do not all read the digests of all.
-    Checkpoint(Vec<Option<VerifiedFile>>),
+pub(super) struct Files<'a> {
+    files: Vec<OpenFile>,
+    /// The number of the first file of the cache, and where it is.
+    cache: (usize, Option<&'a dyn Store>),
 }
 
-impl Files {
-    /// Opens the files that `rank` reads and checks their lengths against the plan.
-    pub(super) fn open(plan: &LoadPlan, rank: Rank, store: &dyn Store) -> Result<Self, LoadError> {
-        if plan.digest_tables.is_empty() {
-            let mut files = Vec::with_capacity(plan.files.len());
-            for entry in &plan.files {
-                let file = store.open(&entry.name)?;
-                if file.len_bytes() != entry.len_bytes {
-                    return Err(LoadError::Changed {
-                        path: store.describe(&entry.name),
-                        expected_bytes: entry.len_bytes,
-                        found_bytes: file.len_bytes(),
-                    });
-                }
-                expect_version(plan, files.len(), file.as_ref(), &|| store.describe(&entry.name))?;
-                files.push(file);
-            }
-            return Ok(Self::Model(files));
-        }
-        let read = stored_files(plan, rank);
+#[derive(Debug)]
+enum OpenFile {
+    /// A model's: its header was checked when the plan was made.
+    Model(Box<dyn ReadAt>),
+    /// A checkpoint's, or of the cache: every touched block is verified.
+    Verified(VerifiedFile),
+    /// This rank reads nothing of it; so many ranks do not all read the digests of all.
+    Closed,
+}
+
+impl<'a> Files<'a> {
+    /// No files, for a rank that reads none.
+    pub(super) const fn none() -> Self {
+        Self { files: Vec::new(), cache: (0, None) }
+    }
+
+    /// Opens the files that `rank` reads and checks their lengths against the plan. `cache` is the entry that the plan names.
+    pub(super) fn open(
+        plan: &LoadPlan,
+        rank: Rank,
+        store: &dyn Store,
+        cache: Option<&'a dyn Store>,
+    ) -> Result<Self, LoadError> {
         let mut files = Vec::with_capacity(plan.files.len());
-        for (index, (entry, table)) in (0..).zip(plan.files.iter().zip(&plan.digest_tables)) {
-            let open = || VerifiedFile::open(store, &entry.name, entry.len_bytes, *table);
-            files.push(read.contains(&index).then(open).transpose()?);
+        let read = stored_files(plan, rank);
+        let verified = |number: usize, store: &dyn Store, entry: &FileEntry, table: DigestTable| {
+            let wanted = u32::try_from(number).is_ok_and(|number| read.contains(&number));
+            let open = || VerifiedFile::open(store, &entry.name, entry.len_bytes, table).map(OpenFile::Verified);
+            if wanted { open() } else { Ok(OpenFile::Closed) }
+        };
+        if plan.digest_tables.is_empty() {
+            for entry in &plan.files {
+                files.push(OpenFile::Model(open_model(plan, files.len(), entry, store)?));
+            }
+        } else {
+            for (entry, table) in plan.files.iter().zip(&plan.digest_tables) {
+                files.push(verified(files.len(), store, entry, *table)?);
+            }
         }
-        Ok(Self::Checkpoint(files))
+        let first = files.len();
+        if let (Some(used), Some(cache)) = (&plan.cache, cache) {
+            for (entry, table) in used.files.iter().zip(&used.digest_tables) {
+                let open = verified(files.len(), cache, entry, *table);
+                files.push(open.map_err(|source| damaged(cache, &entry.name, source))?);
+            }
+        }
+        Ok(Self { files, cache: (first, cache) })
     }
 
     /// Fills `into` with a file's bytes from `offset`, for tensor `fqn`.
@@ -56,19 +77,19 @@ impl Files {
         into: &mut [u8],
         meters: &Meters,
     ) -> Result<(), LoadError> {
-        let unlisted = || LoadError::Plan { fqn: fqn.clone(), what: "it names a file that is not listed" };
-        let file = as_usize(u64::from(file));
-        timed(&meters.read_ns, || match self {
-            Self::Model(files) => files
-                .get(file)
-                .ok_or_else(unlisted)?
-                .read_exact_at(offset, into)
-                .map_err(|source| LoadError::Read { fqn: fqn.clone(), source }),
-            Self::Checkpoint(files) => Ok(files
-                .get(file)
-                .and_then(Option::as_ref)
-                .ok_or_else(unlisted)?
-                .read_exact_at(offset, into, fqn.as_str())?),
+        let number = as_usize(u64::from(file));
+        let unlisted = LoadError::Plan { fqn: fqn.clone(), what: "it names a file that is not listed" };
+        timed(&meters.read_ns, || match self.files.get(number) {
+            None | Some(OpenFile::Closed) => Err(unlisted),
+            Some(OpenFile::Model(file)) => {
+                file.read_exact_at(offset, into).map_err(|source| LoadError::Read { fqn: fqn.clone(), source })
+            }
+            Some(OpenFile::Verified(file)) => {
+                file.read_exact_at(offset, into, fqn.as_str()).map_err(|source| match self.cache {
+                    (first, Some(cache)) if number >= first => damaged(cache, file.name(), source),
+                    _ => source.into(),
+                })
+            }
         })
     }
 
@@ -99,6 +120,34 @@ impl Files {
     }
 }
 
+fn open_model(
+    plan: &LoadPlan,
+    number: usize,
+    entry: &FileEntry,
+    store: &dyn Store,
+) -> Result<Box<dyn ReadAt>, LoadError> {
+    let file = store.open(&entry.name)?;
+    if file.len_bytes() != entry.len_bytes {
+        return Err(LoadError::Changed {
+            path: store.describe(&entry.name),
+            expected_bytes: entry.len_bytes,
+            found_bytes: file.len_bytes(),
+        });
+    }
+    expect_version(plan, number, file.as_ref(), &|| store.describe(&entry.name))?;
+    Ok(file)
+}
+
+/// A file of the cache that does not hold is removed, so that the next load makes its tensors anew.
+fn damaged(cache: &dyn Store, name: &str, source: CheckpointError) -> LoadError {
+    let holds_not = matches!(source.kind(), Kind::Corrupt | Kind::NotFound);
+    let outcome = match holds_not && crate::cache::discard(cache, name) {
+        true => "it was removed from the cache; start the job again, which makes it anew",
+        false => "a file of the cache cannot be read; load without it, or remove it",
+    };
+    LoadError::Cache { source, outcome }
+}
+
 /// A file that has the length of before may still be another: where the plan names its version, this is the one.
 fn expect_version(
     plan: &LoadPlan,
@@ -114,7 +163,7 @@ fn expect_version(
     Err(LoadError::Version { path: path(), expected: expected.clone(), found })
 }
 
-/// The files of a checkpoint that the jobs of `rank` touch.
+/// The files of a checkpoint, or of the cache, that the jobs of `rank` touch.
 fn stored_files(plan: &LoadPlan, rank: Rank) -> BTreeSet<u32> {
     let mut files = BTreeSet::new();
     for job in jobs(plan, rank) {

@@ -87,6 +87,7 @@ fn carry_out(plan: &LoadPlan, root: &str) -> (Vec<StateDict>, u64) {
                     let options = LoadOptions {
                         rank: comm.group().rank,
                         store,
+                        cache: None,
                         device: Device::Host,
                         comm_device: Device::Host,
                         kernels: Kernels::detect(),

@@ -12,6 +12,9 @@ use crate::types::{ByteRange, DType, Fqn, Rank, Shape, ShapeOverflow, WorldSize}
 /// A sharded tensor has at least this many elements; smaller ones cost less to keep everywhere than to gather.
 const SHARD_MIN_ELEMENTS: u64 = 4096;
 
+/// Results that may wait to be sent where one of them may be a whole tensor.
+const WHOLE_TENSORS_QUEUED: u32 = 2;
+
 /// What a plan is made for.
 #[derive(Clone, Debug)]
 pub struct LoadRequest {
@@ -208,6 +211,10 @@ pub(crate) fn assemble(
             .map_err(|source| PlanError::Shape { fqn: tensor.fqn.clone(), source })?;
     }
     assign_readers(&mut tensors, request.strategy, request.world);
+    let mut chunking = request.chunking;
+    if tensors.iter().any(|tensor| matches!(tensor.input, Input::Elements { .. }) && tensor.is_made_at_once()) {
+        chunking.queue_chunks = chunking.queue_chunks.min(WHOLE_TENSORS_QUEUED);
+    }
     match request.placement {
         Placement::Layers => super::layers::assign_owners(&mut tensors, request.world, &request.split),
         Placement::Experts if !super::experts::assign_owners(&mut tensors, request.world) => {
@@ -222,10 +229,11 @@ pub(crate) fn assemble(
         world: request.world,
         strategy: request.strategy,
         placement: request.placement,
-        chunking: request.chunking,
+        chunking,
         digests: request.digests,
         device: request.device,
         root: request.root,
+        cache: None,
         files,
         versions: Vec::new(),
         digest_tables: Vec::new(),

@@ -41,7 +41,7 @@ pub use crate::types::f32Bits;
 use crate::types::{ByteRange, DType, DigestTable, Fqn, Rank, Shape, WorldSize};
 
 /// The version of the plan's own form; ranks of another version refuse it.
-pub const PLAN_VERSION: u32 = 3;
+pub const PLAN_VERSION: u32 = 4;
 
 /// Which ranks read the weights.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Serialize, Deserialize)]
@@ -106,6 +106,9 @@ pub struct LoadPlan {
     pub device: DeviceRule,
     /// The directory that all file names below are relative to.
     pub root: String,
+    /// What was made of the model before, and where what is made now is kept.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub cache: Option<CachePlan>,
     /// The files.
     pub files: Vec<FileEntry>,
     /// What tells the version of each file from others, for a model whose store knows; else empty. Every rank reads these
@@ -120,6 +123,19 @@ pub struct LoadPlan {
     pub aliases: Vec<(Fqn, Fqn)>,
     /// What follows the load, when the ranks train.
     pub train: Option<Box<TrainPlan>>,
+}
+
+/// An entry of the cache, as a load uses it.
+#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
+pub struct CachePlan {
+    /// The entry's directory.
+    pub root: String,
+    /// Its files; in chunks their numbers follow those of [`LoadPlan::files`].
+    pub files: Vec<FileEntry>,
+    /// Their digest tables.
+    pub digest_tables: Vec<DigestTable>,
+    /// Whether readers write what they make into the entry.
+    pub writes: bool,
 }
 
 /// One tensor of the plan.
@@ -189,7 +205,7 @@ impl Input {
 /// A contiguous part of a component in a file.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize, Deserialize)]
 pub struct StoredChunk {
-    /// Index into [`LoadPlan::files`].
+    /// Index into [`LoadPlan::files`], and after them into [`CachePlan::files`].
     pub file: u32,
     /// The bytes in the file.
     pub range: ByteRange,

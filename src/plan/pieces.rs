@@ -47,7 +47,7 @@ impl TensorPlan {
     }
 
     /// Whether it is made of all its elements at once: by its encoding, or because they are packed where they come from.
-    fn is_made_at_once(&self) -> bool {
+    pub(super) fn is_made_at_once(&self) -> bool {
         let packed = matches!(self.input, Input::Elements { encoding: SourceEncoding::Packed(_), .. });
         self.encoding.is_made_at_once() || packed
     }

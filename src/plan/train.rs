@@ -72,6 +72,7 @@ pub fn state_plan(base: &LoadPlan, parameters: &[(Fqn, Shape)]) -> LoadPlan {
         device,
         files: Vec::new(),
         versions: Vec::new(),
+        cache: None,
         digest_tables: Vec::new(),
         tensors,
         aliases: Vec::new(),

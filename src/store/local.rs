@@ -3,7 +3,7 @@
 
 use std::fs::{self, File, OpenOptions};
 use std::io;
-use std::os::unix::fs::FileExt as _;
+use std::os::unix::fs::{FileExt as _, MetadataExt as _};
 use std::path::{Path, PathBuf};
 
 use rustix::fs::{CWD, FallocateFlags, RenameFlags};
@@ -37,7 +37,27 @@ impl LocalStore {
         self.read.clone()
     }
 
-    fn path(&self, name: &str) -> Result<PathBuf, StoreError> {
+    /// When a file was changed last, in nanoseconds since 1970.
+    ///
+    /// # Errors
+    /// [`StoreError`] when it does not exist.
+    pub fn modified_ns(&self, name: &str) -> Result<i128, StoreError> {
+        let path = self.path(name)?;
+        let metadata = fs::metadata(&path).map_err(|source| StoreError::io(Operation::Open, &path, source))?;
+        Ok(i128::from(metadata.mtime()) * 1_000_000_000 + i128::from(metadata.mtime_nsec()))
+    }
+
+    /// Bytes that other files may take on the medium below the root.
+    ///
+    /// # Errors
+    /// [`StoreError`] when the root does not exist.
+    pub fn free_bytes(&self) -> Result<u64, StoreError> {
+        let space = rustix::fs::statvfs(&self.root)
+            .map_err(|errno| StoreError::io(Operation::Open, &self.root, errno.into()))?;
+        Ok(space.f_bavail.saturating_mul(space.f_frsize))
+    }
+
+    pub(super) fn path(&self, name: &str) -> Result<PathBuf, StoreError> {
         if name.is_empty() { Ok(self.root.clone()) } else { confined(&self.root, name) }
     }
 }

@@ -12,6 +12,7 @@
 mod address;
 mod error;
 mod local;
+mod lock;
 mod path;
 #[cfg(feature = "remote")]
 mod remote;
@@ -25,6 +26,7 @@ use std::sync::atomic::{AtomicU64, Ordering};
 pub use address::{RemoteAddress, Scheme, absolute, is_remote};
 pub use error::{Operation, StoreError};
 pub use local::LocalStore;
+pub use lock::{DirectoryLock, LockKind};
 pub use path::confined;
 #[cfg(feature = "remote")]
 pub use remote::RemoteStore;

@@ -17,7 +17,7 @@ use crate::load::{Cancel, LoadError, LoadOptions, LoadReport, load};
 use crate::manifest::ShardReceipt;
 use crate::plan::{LoadPlan, Strategy};
 use crate::state::StateDict;
-use crate::store::{StoreError, open_root};
+use crate::store::{LocalStore, Store, StoreError, open_root};
 use crate::train::{Control, Grant, News, TrainError, TrainRequest, train};
 use crate::types::{Attempt, DeviceWish, Rank, Step};
 
@@ -155,9 +155,11 @@ impl DataThread {
         let group = meeting.group;
         self.watched.total_bytes.store(plan.kept_bytes(group.rank), Ordering::Relaxed);
         let files = open_root(root.as_deref().unwrap_or_else(|| Path::new(&plan.root))).map_err(store_failure)?;
+        let cache = plan.cache.as_ref().map(|cache| LocalStore::new(&cache.root));
         let device = placed(self.offer.device, &plan, group.rank)?;
         let mut options = LoadOptions {
             device,
+            cache: cache.as_ref().map(|cache| cache as &dyn Store),
             cancel: self.watched.cancel.clone(),
             done_bytes: self.watched.done_bytes.clone(),
             ..LoadOptions::on_host(group.rank, files.store.as_ref())
@@ -183,7 +185,8 @@ impl DataThread {
             }
         };
         let (state, mut report) = loaded.map_err(|error| load_failure(&error, group.rank))?;
-        report.storage_bytes = files.read.bytes();
+        let cached_bytes = cache.as_ref().map_or(0, |cache| cache.read_counter().bytes());
+        report.storage_bytes = files.read.bytes() + cached_bytes;
         report.peak_resident_bytes = peak_resident_bytes();
         report.backend = backend.to_owned();
         if let Some(traffic) = traffic {
