@@ -393,6 +393,22 @@ fn a_job_loads_saves_and_resumes_remotely() {
     assert_eq!(resumed["digests"], local["digests"]);
     let counts = server.counts();
     assert!(counts.refused > 3 && counts.truncated > 3, "{counts:?}");
+    // With a cache the second load asks for headers and configuration alone.
+    let cache = place.path("cache");
+    let cached = |ranks| {
+        let before = server.counts().content_bytes;
+        let report = job(ranks, "s3://bucket/models/tiny", &["--cache", &cache]);
+        assert_eq!(report["digests"], local["digests"]);
+        server.counts().content_bytes - before
+    };
+    let weights: u64 = std::fs::read_dir(MODEL)
+        .expect("the model")
+        .map(|entry| entry.expect("an entry"))
+        .filter(|entry| entry.path().extension().is_some_and(|end| end == "safetensors"))
+        .map(|entry| entry.metadata().expect("a file").len())
+        .sum();
+    let (first, second) = (cached("2"), cached("3"));
+    assert!(first >= weights && second < weights / 20, "{first} and {second} of {weights}");
 
     let listed = finish(&place, &server, &["checkpoint", "list", "s3://bucket/run", "--json"]);
     assert_eq!((&listed[0]["step"], &listed[0]["usable"]), (&Value::from(3), &Value::from(true)));

@@ -243,7 +243,7 @@ fn fresh(config: &JobConfig, world: WorldSize, progress: &dyn Fn(Progress<'_>)) 
     request.config_json = source.config_json;
     let mut plan = plan(request, &source.index, &source.skeleton, &source.binding)?;
     plan.versions = source.versions;
-    let cached = config.cache_place().map(|place| cache::attach(&mut plan, &place)).transpose()?;
+    let cached = config.cache_place().map(|place| cache::attach(&mut plan, &place)).transpose()?.flatten();
     let step = Step(config.checkpoint.step);
     Ok(Prepared { plan, resumed_from: None, skipped: Vec::new(), step, cached })
 }

@@ -41,13 +41,18 @@ pub struct CacheClaim {
 }
 
 /// Looks `plan` up in the cache: what an entry has is read from there. Nothing is changed in the cache but for files that do not
-/// hold, which are removed.
+/// hold, which are removed. Nothing is returned when nothing of the plan belongs into a cache.
 ///
 /// # Errors
 /// [`CacheError`] when the cache or a file of the model cannot be read.
-pub fn attach(plan: &mut LoadPlan, place: &CachePlace) -> Result<Found, CacheError> {
+pub fn attach(plan: &mut LoadPlan, place: &CachePlace) -> Result<Option<Found>, CacheError> {
     if is_remote(&place.root) {
         return Err(CacheError::Remote { found: place.root.display().to_string() });
+    }
+    // A web server that tells no versions may have another file under the same name.
+    let is_known = !is_remote(&plan.root) || plan.versions.len() == plan.files.len();
+    if !is_known || !plan.tensors.iter().any(|tensor| keeps(plan, tensor)) {
+        return Ok(None);
     }
     let key = super::key::key(plan)?;
     let cache = LocalStore::new(&place.root);
@@ -93,7 +98,7 @@ pub fn attach(plan: &mut LoadPlan, place: &CachePlace) -> Result<Found, CacheErr
         }
     }
     plan.cache = Some(used);
-    Ok(found)
+    Ok(Some(found))
 }
 
 impl Found {

@@ -31,11 +31,13 @@ pub(crate) use writer::CacheWriter;
 use crate::plan::{Input, LoadPlan, TensorPlan};
 use crate::store::is_remote;
 
-/// Whether an entry has the tensor: what is made, and of a remote model everything. What lies in a local file as the plan
-/// has it is not kept a second time.
+/// Whether an entry has the tensor: what is made and has fewer bytes than what it is made of, and of a remote model
+/// everything. What lies in a local file as the plan has it is not kept a second time.
 fn keeps(plan: &LoadPlan, tensor: &TensorPlan) -> bool {
     let made = match &tensor.input {
-        Input::Elements { .. } => !tensor.input.is_as_it_is(tensor.encoding),
+        Input::Elements { range, .. } => {
+            tensor.components().iter().map(|component| component.bytes).sum::<u64>() < range.len()
+        }
         Input::Stored { .. } => false,
     };
     made || is_remote(&plan.root)
