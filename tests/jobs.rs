@@ -380,3 +380,57 @@ fn any_program_is_launched_as_torchrun_does() {
     assert_eq!(launch(&["/no/such/program"]).code.map(|code| code == 0), Some(false));
     place.expect_no_process();
 }
+
+/// Rules give modules forms of their own: each tensor has the bytes that it has in a job of that form alone, and the mixture is
+/// committed and resumed on another number of ranks.
+#[test]
+fn modules_have_forms_of_their_own() {
+    let place = Place::new();
+    let alone = |flags: &[&str]| {
+        let job = ["launch", "--nproc-per-node", "1", "--model", MODEL, "--digests", "--json"];
+        digests(&place.finish(&[&job, flags].concat()))
+    };
+    let (nf4, int8) = (alone(&["--quantize", "nf4"]), alone(&["--quantize", "int8"]));
+    let (q6_k, plain) = (alone(&["--quantize", "q6_k"]), alone(&["--dtype", "float32"]));
+    let job = place.path("job.toml");
+    let text = format!(
+        r#"
+        model.source = "{MODEL}"
+        checkpoint = {{ directory = "run", save = true }}
+        load.digests = true
+        [quantization]
+        format = "nf4"
+        [[quantization.rules]]
+        modules = ["model.layers.0.*", "layernorm"]
+        dtype = "float32"
+        [[quantization.rules]]
+        modules = ["model.layers.*.self_attn.o_proj"]
+        format = "int8"
+        [[quantization.rules]]
+        modules = ["model.layers.5.mlp.*_proj", "no_such_module_*"]
+        format = "q6_k"
+        "#
+    );
+    std::fs::write(&job, &text).expect("it is ours");
+    let refused = place.run(&["launch", "--nproc-per-node", "2", &job]);
+    assert_eq!(refused.code, Some(78), "{}", refused.stderr);
+    assert!(refused.stderr.contains("\"no_such_module_*\", which names none of its tensors"), "{}", refused.stderr);
+    std::fs::write(&job, text.replace(", \"no_such_module_*\"", "")).expect("it is ours");
+    let found = digests(&place.finish(&["launch", "--nproc-per-node", "2", &job, "--json"]));
+    assert_eq!(found.len(), TENSORS);
+    let mut counts = [0; 4];
+    for (name, digest) in &found {
+        let (form, expected) = match name.as_str() {
+            name if name.contains("layers.0.") || name.contains("layernorm") => (0, &plain),
+            name if name.contains("o_proj") => (1, &int8),
+            name if name.contains("layers.5.mlp") => (2, &q6_k),
+            _ => (3, &nf4),
+        };
+        counts[form] += 1;
+        assert_eq!(digest, &expected[name], "{name}");
+    }
+    // Layer 0 has 9 tensors, and five layers 2 norms each; five o_proj; three matrices of the last MLP.
+    assert_eq!(counts, [19, 5, 3, TENSORS - 27]);
+    let resumed = digests(&place.finish(&["launch", "--nproc-per-node", "3", "--resume", "must", &job, "--json"]));
+    assert_eq!(resumed, found);
+}

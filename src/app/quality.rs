@@ -3,13 +3,13 @@
 //! Owns: the loads in this process, one format after the other, and the figures. The arithmetic is that of training.
 
 use std::collections::BTreeMap;
-use std::path::PathBuf;
+use std::path::{Path, PathBuf};
 
 use serde::Serialize;
 
 use super::alone::load_alone;
 use super::prepare::{PrepareError, prepare};
-use crate::config::{JobConfig, QuantizationConfig, QuantizationFormat};
+use crate::config::{ConfigError, JobConfig, QuantizationConfig, QuantizationFormat};
 use crate::data::{DataConfig, DataError, Dataset, Split, Tokenizer};
 use crate::device::DeviceError;
 use crate::error::{Classify, Kind, chain};
@@ -59,13 +59,22 @@ pub struct QualityFormat {
 
 /// A name that is no format.
 #[derive(Clone, Debug, PartialEq, Eq, thiserror::Error)]
-#[error(
-    "format {found:?}: expected stored, bf16, f16, f32, int8, nf4, nf4-double, fp4, fp4-double, hqq or mlx with bits (hqq4), \
-     q8_0, q4_0, q4_k, q5_k, q6_k, q4_k_m or q5_k_m"
-)]
-pub struct UnknownFormat {
-    /// The name.
-    pub found: String,
+pub enum UnknownFormat {
+    /// The name is none of a format.
+    #[error(
+        "format {found:?}: expected stored, bf16, f16, f32, int8, nf4, nf4-double, fp4, fp4-double, hqq or mlx with bits \
+         (hqq4), q8_0, q4_0, q4_k, q5_k, q6_k, q4_k_m, q5_k_m, or a job file (NAME.toml)"
+    )]
+    Name {
+        /// The name.
+        found: String,
+    },
+    /// It is a job file that cannot work.
+    #[error("{reason}")]
+    JobFile {
+        /// Why not.
+        reason: String,
+    },
 }
 
 impl std::str::FromStr for QualityFormat {
@@ -73,7 +82,13 @@ impl std::str::FromStr for QualityFormat {
 
     fn from_str(name: &str) -> Result<Self, UnknownFormat> {
         use QuantizationFormat as Format;
-        let unknown = || UnknownFormat { found: name.to_owned() };
+        let unknown = || UnknownFormat::Name { found: name.to_owned() };
+        if name.ends_with(".toml") {
+            let failed = |error: ConfigError| UnknownFormat::JobFile { reason: error.to_string() };
+            let job = JobConfig::read(Path::new(name)).map_err(failed)?;
+            job.quantization_rule().map_err(failed)?;
+            return Ok(Self { name: name.to_owned(), quantization: job.quantization, dtype: job.load.dtype });
+        }
         let (stem, double) = name.strip_suffix("-double").map_or((name, false), |stem| (stem, true));
         let (stem, bits) = match stem.strip_prefix("hqq").or_else(|| stem.strip_prefix("mlx")) {
             Some(bits) => (&stem[..3], Some(bits.parse().map_err(|_| unknown())?)),

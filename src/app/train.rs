@@ -103,7 +103,10 @@ pub(super) fn apply_recipe(config: &mut JobConfig) -> Result<(), ConfigError> {
         return value("job.hold", "false, because the job ends with its training", "true");
     }
     let quantization = &mut config.quantization;
-    match (recipe.method, quantization.format) {
+    // That of all modules, or else of some.
+    let formats = quantization.rules.iter().map(|rule| rule.format);
+    let made = std::iter::once(quantization.format).chain(formats).find(|format| *format != QuantizationFormat::None);
+    match (recipe.method, made.unwrap_or_default()) {
         (Method::Qlora, QuantizationFormat::None) => {
             quantization.format = QuantizationFormat::Nf4;
             quantization.double = true;

@@ -4,10 +4,10 @@ use serde::Deserialize;
 
 use super::ConfigError;
 use crate::format::GgmlType;
-use crate::plan::{GgmlMix, QuantizationRule};
+use crate::plan::{GgmlMix, ModuleRule, QuantizationRule};
 use crate::quant::affine::{CodeBits, GroupAxis, MlxRule};
 use crate::quant::{BlockSize, FourBitCode};
-use crate::types::as_usize;
+use crate::types::{DType, as_usize};
 
 /// `[quantization]`.
 #[derive(Clone, Debug, Default, PartialEq, Eq, Deserialize)]
@@ -25,9 +25,58 @@ pub struct QuantizationConfig {
     pub axis: Option<u8>,
     /// Modules that stay as they are.
     pub skip: Vec<String>,
+    /// Other formats for some modules; the first rule that names a module counts.
+    pub rules: Vec<ModuleConfig>,
     /// Whether the job says nothing and its training wants some quantization: weights that have one keep it.
     #[serde(skip)]
     pub implied: bool,
+}
+
+/// `[[quantization.rules]]`: the format of some modules.
+#[derive(Clone, Debug, Default, PartialEq, Eq, Deserialize)]
+#[serde(deny_unknown_fields, default)]
+pub struct ModuleConfig {
+    /// Patterns of names: `down_proj` is any name in which it occurs, `model.layers.*.mlp.*` a whole name.
+    pub modules: Vec<String>,
+    /// As of [`QuantizationConfig`].
+    pub format: QuantizationFormat,
+    /// As of [`QuantizationConfig`].
+    pub double: bool,
+    /// As of [`QuantizationConfig`].
+    pub block: Option<u32>,
+    /// As of [`QuantizationConfig`].
+    pub bits: Option<u8>,
+    /// As of [`QuantizationConfig`].
+    pub axis: Option<u8>,
+    /// The type of what is not quantized: `float32`, `float16` or `bfloat16`; `load.dtype` by default.
+    pub dtype: Option<String>,
+}
+
+impl ModuleConfig {
+    fn rule(&self) -> Result<ModuleRule, ConfigError> {
+        if self.modules.is_empty() || self.modules.iter().any(String::is_empty) {
+            let (key, expected) = ("quantization.rules.modules", "names of modules");
+            return Err(ConfigError::Value { key, expected, found: format!("{:?}", self.modules) });
+        }
+        let dtype = |name: &String| {
+            let dtype = name.parse::<DType>().ok().filter(|dtype| dtype.is_weight_float());
+            dtype.ok_or_else(|| ConfigError::Value {
+                key: "quantization.rules.dtype",
+                expected: "float32, float16 or bfloat16",
+                found: name.clone(),
+            })
+        };
+        let alone = QuantizationConfig {
+            format: self.format,
+            double: self.double,
+            block: self.block,
+            bits: self.bits,
+            axis: self.axis,
+            ..QuantizationConfig::default()
+        };
+        let dtype = self.dtype.as_ref().map(dtype).transpose()?;
+        Ok(ModuleRule { patterns: self.modules.clone(), rule: alone.rule()?, dtype })
+    }
 }
 
 impl QuantizationConfig {
@@ -36,6 +85,15 @@ impl QuantizationConfig {
     /// # Errors
     /// [`ConfigError::Value`] for sizes, bits or switches that the format does not have.
     pub fn rule(&self) -> Result<QuantizationRule, ConfigError> {
+        let otherwise = self.rule_of_all()?;
+        if self.rules.is_empty() {
+            return Ok(otherwise);
+        }
+        let modules = self.rules.iter().map(ModuleConfig::rule).collect::<Result<_, _>>()?;
+        Ok(QuantizationRule::Mixed { modules, otherwise: Box::new(otherwise) })
+    }
+
+    fn rule_of_all(&self) -> Result<QuantizationRule, ConfigError> {
         use QuantizationFormat as Format;
         self.check_switches()?;
         let skip = self.skip.clone();

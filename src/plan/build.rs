@@ -125,6 +125,14 @@ pub enum PlanError {
         /// How the job would have it.
         expected: String,
     },
+    /// A rule for some modules is for none.
+    #[error("quantization.rules: expected modules of {model}, found {pattern:?}, which names none of its tensors")]
+    NoModule {
+        /// The model.
+        model: String,
+        /// The pattern.
+        pattern: String,
+    },
     /// There is nothing to load.
     #[error("{model} has no tensors")]
     Empty {
@@ -140,7 +148,7 @@ impl Classify for PlanError {
                 Kind::Exhausted
             }
             // A configuration that cannot work, not a bad input.
-            Self::NoExperts { .. } => Kind::Conflict,
+            Self::NoExperts { .. } | Self::NoModule { .. } => Kind::Conflict,
             Self::Shape { .. } | Self::Quantized { .. } | Self::Empty { .. } => Kind::Invalid,
         }
     }
@@ -151,13 +159,16 @@ impl Classify for PlanError {
 /// The order of tensors is the skeleton's: as the layers follow one another.
 ///
 /// # Errors
-/// [`PlanError::Empty`], [`PlanError::NoExperts`] and [`PlanError::Shape`].
+/// [`PlanError::Empty`], [`PlanError::NoExperts`], [`PlanError::NoModule`], [`PlanError::Quantized`] and [`PlanError::Shape`].
 pub fn plan(
     request: LoadRequest,
     index: &ModelIndex,
     skeleton: &Skeleton,
     binding: &Binding,
 ) -> Result<LoadPlan, PlanError> {
+    if let Some(pattern) = request.quantization.idle_pattern(&skeleton.tensors) {
+        return Err(PlanError::NoModule { model: request.model, pattern: pattern.to_owned() });
+    }
     let mut tensors = Vec::new();
     let layers = skeleton.layers();
     for tensor in &skeleton.tensors {

@@ -31,7 +31,7 @@ pub use memory::{
     PROCESS_OVERHEAD_BYTES, RankMemory, STAGING_BYTES, aligned,
 };
 pub use pieces::{Chunking, Piece, SourceSpan};
-pub use select::{DTypeRule, QuantizationRule};
+pub use select::{DTypeRule, ModuleRule, QuantizationRule, names};
 pub use train::{Resumed, TrainPlan, exp_avg, exp_avg_sq, state_plan};
 pub use train_memory::{StepSizes, TrainMemory};
 

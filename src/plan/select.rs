@@ -78,9 +78,59 @@ pub enum QuantizationRule {
         /// As above.
         skip: Vec<String>,
     },
+    /// Different rules for different modules.
+    Mixed {
+        /// The first that names a module counts.
+        modules: Vec<ModuleRule>,
+        /// For modules that none names.
+        otherwise: Box<QuantizationRule>,
+    },
+}
+
+/// A rule for some modules.
+#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
+pub struct ModuleRule {
+    /// Patterns of names of tensors ([`names`]).
+    pub patterns: Vec<String>,
+    /// What is quantized.
+    pub rule: QuantizationRule,
+    /// The type of what is not, where it is not the job's.
+    pub dtype: Option<DType>,
+}
+
+/// Whether `pattern` names `tensor`: a pattern with `*`, which stands for any text, must fit the whole name, with or without
+/// `.weight` or `.bias` at its end; one without must occur in it, as with `skip`.
+#[must_use]
+pub fn names(pattern: &str, tensor: &str) -> bool {
+    if !pattern.contains('*') {
+        return tensor.contains(pattern);
+    }
+    let module = tensor.strip_suffix(".weight").or_else(|| tensor.strip_suffix(".bias"));
+    fits(pattern, tensor) || module.is_some_and(|module| fits(pattern, module))
+}
+
+fn fits(pattern: &str, text: &str) -> bool {
+    let mut parts = pattern.split('*');
+    let Some(mut rest) = text.strip_prefix(parts.next().unwrap_or_default()) else { return false };
+    let mut parts: Vec<&str> = parts.collect();
+    let Some(last) = parts.pop() else { return rest.is_empty() };
+    for part in parts {
+        let Some(at) = rest.find(part) else { return false };
+        rest = rest.get(at + part.len()..).unwrap_or_default();
+    }
+    rest.ends_with(last)
 }
 
 impl QuantizationRule {
+    /// A pattern that names none of `tensors`, if there is one.
+    #[must_use]
+    pub fn idle_pattern<'a>(&'a self, tensors: &[SkeletonTensor]) -> Option<&'a str> {
+        let Self::Mixed { modules, .. } = self else { return None };
+        let mut patterns = modules.iter().flat_map(|module| &module.patterns);
+        let idle = patterns.find(|pattern| !tensors.iter().any(|tensor| names(pattern, tensor.fqn.as_str())));
+        idle.map(String::as_str)
+    }
+
     /// The encoding of a tensor of a model with `layers` layers: linear layers' matrices by the format, all else plain. Embeddings, norms, biases and
     /// the head are never quantized, as in transformers with bitsandbytes.
     #[must_use]
@@ -94,6 +144,16 @@ impl QuantizationRule {
                 && !skip.iter().any(|module| fqn.as_str().contains(module.as_str()))
         };
         match self {
+            Self::Mixed { modules, otherwise } => {
+                let named = |module: &&ModuleRule| module.patterns.iter().any(|pattern| names(pattern, fqn.as_str()));
+                match modules.iter().find(named) {
+                    Some(ModuleRule { rule, dtype: own, .. }) => {
+                        let dtype = own.map_or(dtype, DTypeRule::Convert);
+                        rule.encoding(tensor, layers, source, dtype)
+                    }
+                    None => otherwise.encoding(tensor, layers, source, dtype),
+                }
+            }
             Self::FourBit { code, block, nested, skip } if eligible(skip) => {
                 Encoding::FourBit { code: *code, block: *block, nested: *nested, dtype: kept }
             }
@@ -127,4 +187,31 @@ fn fills_words(shape: &Shape, (bits, group, axis): (CodeBits, u32, GroupAxis)) -
 
 fn row_is_whole(shape: &Shape, rule: MlxRule) -> bool {
     shape.0.last().is_some_and(|columns| *columns > 0 && columns.is_multiple_of(as_u64(rule.group())))
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn patterns_by_hand() {
+        let name = "model.layers.11.mlp.down_proj.weight";
+        for pattern in [
+            "down_proj",
+            "layers.11.",
+            "model.layers.*.mlp.down_proj",
+            "*.down_proj",
+            "model.*",
+            "*.weight",
+            "*1*mlp*",
+            "*",
+        ] {
+            assert!(names(pattern, name), "{pattern}");
+        }
+        for pattern in ["up_proj", "layers.*.mlp", "*.mlp", "model.layers.1.*", "*down_proj*x", "*.weight.weight"] {
+            assert!(!names(pattern, name), "{pattern}");
+        }
+        assert!(names("model.layers.*1.mlp.*", name), "1 is the end of 11");
+        assert!(!names("a*a", "a"), "two ends do not share a character");
+    }
 }
