@@ -75,6 +75,7 @@ fn save(root: &str, step: u64, adapter: &BTreeMap<String, Stored>, training: Opt
     };
     let plan = LoadPlan {
         train: None,
+        others: Vec::new(),
         version: PLAN_VERSION,
         model: "tiny-llama".to_owned(),
         config_json: None,

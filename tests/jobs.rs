@@ -416,7 +416,7 @@ fn modules_have_forms_of_their_own() {
     assert_eq!(refused.code, Some(78), "{}", refused.stderr);
     assert!(refused.stderr.contains("\"no_such_module_*\", which names none of its tensors"), "{}", refused.stderr);
     std::fs::write(&job, text.replace(", \"no_such_module_*\"", "")).expect("it is ours");
-    let found = digests(&place.finish(&["launch", "--nproc-per-node", "2", &job, "--json"]));
+    let found = digests(&place.finish(&["launch", "--nproc-per-node", "2", "--json", &job]));
     assert_eq!(found.len(), TENSORS);
     let mut counts = [0; 4];
     for (name, digest) in &found {
@@ -431,6 +431,6 @@ fn modules_have_forms_of_their_own() {
     }
     // Layer 0 has 9 tensors, and five layers 2 norms each; five o_proj; three matrices of the last MLP.
     assert_eq!(counts, [19, 5, 3, TENSORS - 27]);
-    let resumed = digests(&place.finish(&["launch", "--nproc-per-node", "3", "--resume", "must", &job, "--json"]));
+    let resumed = digests(&place.finish(&["launch", "--nproc-per-node", "3", "--resume", "must", "--json", &job]));
     assert_eq!(resumed, found);
 }

@@ -328,3 +328,57 @@ fn forward_writes_into_the_working_directory() {
     // One row of three tokens over 2048, f32.
     assert!(std::fs::metadata(place.path("out.safetensors")).expect("an output").len() > 3 * 2048 * 4);
 }
+
+/// Weights that stream are the weights: the run has the same losses and the same state, bit for bit, from the model's files and
+/// from the cache, on one rank and on several; a run that began with all weights in memory goes on with streaming ones.
+#[test]
+fn weights_that_stream_train_to_the_same_bits() {
+    let place = Place::new();
+    let cache = place.path("cache");
+    let run = Run { steps: 6, every: 3, ..SMALL };
+    let train = |directory: &str, job: &str, ranks: &str, flags: &[&str]| {
+        let arguments = [&["launch", "--nproc-per-node", ranks, "--json"], flags, &[job]].concat();
+        let ended = place.start(&arguments).wait_within(LONG);
+        assert_eq!(ended.code, Some(0), "{}", ended.stderr);
+        ended.expect_quiet();
+        let report = ended.json();
+        let loads = report["loads"].as_array().expect("loads").iter();
+        let kept: u64 = loads.map(|load| load["weights_bytes"].as_u64().expect("a count")).sum();
+        (losses(&place, directory), newest(&place, directory), kept)
+    };
+    for ranks in ["1", "2"] {
+        let [whole, streamed, cached, changed] =
+            ["whole", "streamed", "cached", "changed"].map(|name| format!("{name}-{ranks}"));
+        let expected = train(&whole, &run.write(&place, &whole), ranks, &["--cache", &cache]);
+        assert_eq!(expected.0.len(), 6);
+        let found = train(&streamed, &run.write(&place, &streamed), ranks, &["--strategy", "streaming"]);
+        assert_eq!((&found.0, &found.1), (&expected.0, &expected.1), "{ranks} ranks");
+        assert!(found.2 < expected.2 / 2, "{} and {} bytes stay in memory", found.2, expected.2);
+        let flags = ["--strategy", "streaming", "--cache", &cache];
+        let found = train(&cached, &run.write(&place, &cached), ranks, &flags);
+        assert_eq!((&found.0, &found.1), (&expected.0, &expected.1), "{ranks} ranks, from the cache");
+        train(&changed, &Run { steps: 3, ..run }.write(&place, &changed), ranks, &[]);
+        let found = train(&changed, &run.write(&place, &changed), ranks, &["--strategy", "streaming"]);
+        assert_eq!(found.1, expected.1, "{ranks} ranks, streaming from the middle on");
+    }
+    place.expect_no_process();
+}
+
+/// Streaming weights give the very logits, and are refused where somebody wants them in memory.
+#[test]
+fn a_forward_streams_and_a_job_without_training_does_not() {
+    const TOKENS: &str = concat!(env!("CARGO_MANIFEST_DIR"), "/tests/data/golden/tiny-llama-reference.safetensors");
+    let place = Place::new();
+    let logits = |name: &str, flags: &[&str]| {
+        let output = place.path(name);
+        let forward =
+            ["model", "forward", "--model", MODEL, "--quantize", "nf4", "--input", TOKENS, "--output", &output];
+        let ended = place.run(&[&forward, flags].concat());
+        assert_eq!(ended.code, Some(0), "{}", ended.stderr);
+        std::fs::read(&output).expect("logits")
+    };
+    assert!(logits("whole", &[]) == logits("streamed", &["--stream"]), "other logits");
+    let refused = place.run(&["launch", "--nproc-per-node", "1", "--model", MODEL, "--strategy", "streaming"]);
+    assert_eq!(refused.code, Some(78), "{}", refused.stderr);
+    assert!(refused.stderr.contains("because the job does not train"), "{}", refused.stderr);
+}

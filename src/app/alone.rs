@@ -1,4 +1,4 @@
-//! A model loaded by this process alone, on the host.
+//! A model loaded by this process alone, on the host; one that streams, as far as it stays in memory.
 
 use super::prepare::Prepared;
 use crate::load::{LoadError, LoadOptions, load};
@@ -18,6 +18,6 @@ pub(super) fn load_alone(prepared: Prepared) -> Result<(LoadPlan, StateDict), Lo
     let cache = plan.cache.as_ref().map(|cache| LocalStore::new(&cache.root));
     let mut options = LoadOptions::on_host(Rank::ZERO, files.as_ref());
     options.cache = cache.as_ref().map(|cache| cache as &dyn Store);
-    let (state, _) = load(&plan, &options, None)?;
+    let (state, _) = load(&plan.resident(), &options, None)?;
     Ok((plan, state))
 }

@@ -142,7 +142,7 @@ pub async fn coordinate(
     let token = token(&place)?;
     let mut tasks = Tasks::new();
     // The entry of the cache is the job's until the end; a coordinator that is started again relies on files that are open.
-    let mut claim: Option<CacheClaim> = None;
+    let mut claim: Vec<CacheClaim> = Vec::new();
     let (record, listener, left) = match journal.interrupted()? {
         Some(Interrupted { record, generation, end }) => {
             let address = if place.listen.port() == 0 { record.listens } else { place.listen };

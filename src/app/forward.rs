@@ -17,7 +17,7 @@ use crate::hub::Progress;
 use crate::load::LoadError;
 use crate::model::Skeleton;
 use crate::nn::Tokens;
-use crate::plan::LoadPlan;
+use crate::plan::{LoadPlan, Strategy};
 use crate::store::{LocalStore, ReadAt, Store, StoreError};
 use crate::train::{Gradients, Probe, TrainError, Wanted};
 use crate::types::{ByteRange, DType, DeviceWish, Fqn, Shape, WorldSize, as_u64, as_usize};
@@ -34,6 +34,8 @@ pub struct ForwardRequest {
     pub adapter: Option<String>,
     /// How the model is quantized while it is loaded.
     pub quantization: QuantizationConfig,
+    /// Whether each layer's weights are read when it is computed and let go afterwards, instead of all being loaded before.
+    pub streams: bool,
     /// A safetensors file with `input_ids`, int64 `[batch, seq]`.
     pub input: PathBuf,
     /// The file that is written, which must not exist.
@@ -151,6 +153,7 @@ pub fn forward(request: &ForwardRequest, progress: &dyn Fn(Progress<'_>)) -> Res
     config.model.source = Some(request.model.clone());
     config.load.device = DeviceWish::Cpu;
     config.quantization = request.quantization.clone();
+    config.load.strategy = request.streams.then_some(Strategy::Streaming);
     let prepared = prepare(&config, WorldSize::ONE, progress)?;
     let plan = &prepared.plan;
     let skeleton = skeleton(plan)?;
@@ -307,6 +310,7 @@ mod tests {
             model: format!("{}/tests/data/tiny-llama", env!("CARGO_MANIFEST_DIR")),
             adapter: None,
             quantization: QuantizationConfig::default(),
+            streams: false,
             input: golden("tiny-llama-reference.safetensors").into(),
             output,
             gradients: false,

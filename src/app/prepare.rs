@@ -6,11 +6,14 @@ use super::source::{SourceError, open_model};
 use super::train::{TrainPlanError, apply_recipe, train_plan};
 use crate::cache::{self, CacheClaim, CacheError, Found};
 use crate::checkpoint::{self, Checkpoint, CheckpointError, Skipped, plan_resume};
-use crate::config::{ConfigError, JobConfig, ResumePolicy};
+use crate::config::{ConfigError, JobConfig, OtherModelConfig, ResumePolicy};
 use crate::device::{self, Device, DeviceError, LocalRank};
 use crate::error::{Classify, Kind};
 use crate::hub::Progress;
-use crate::plan::{Chunking, DeviceBudget, DeviceRule, LoadPlan, LoadRequest, PlanError, Quantized, Strategy, plan};
+use crate::plan::{
+    Chunking, DeviceBudget, DeviceRule, LoadPlan, LoadRequest, OWN_MODEL, OtherModel, PlanError, Quantized, Strategy,
+    plan,
+};
 use crate::store::{self, is_remote, open_root};
 use crate::train::Recipe;
 use crate::types::{DeviceWish, Step, WorldSize};
@@ -32,18 +35,23 @@ pub struct Prepared {
     pub skipped: Vec<Skipped>,
     /// The step that a checkpoint of this job will have.
     pub step: Step,
-    /// What the cache has of the model, if the job has a cache.
-    pub cached: Option<Found>,
+    /// What the cache has of each model, the job's own first, if the job has a cache.
+    pub cached: Vec<Option<Found>>,
 }
 
 impl Prepared {
-    /// Holds the entry of the cache for the job, which then writes into it what it lacks. The entry is held until what is
+    /// Holds the entries of the cache for the job, which then writes into them what they lack. They are held until what is
     /// returned is dropped.
     ///
     /// # Errors
     /// [`PrepareError::Cache`].
-    pub fn claim_cache(&mut self) -> Result<Option<CacheClaim>, PrepareError> {
-        self.cached.take().map(|found| found.claim(&mut self.plan)).transpose().map_err(PrepareError::from)
+    pub fn claim_cache(&mut self) -> Result<Vec<CacheClaim>, PrepareError> {
+        let mut own = std::mem::take(&mut self.plan.others);
+        let plans = std::iter::once(&mut self.plan).chain(own.iter_mut().map(|other| &mut other.plan));
+        let claimed = std::mem::take(&mut self.cached).into_iter().zip(plans);
+        let claimed = claimed.filter_map(|(found, plan)| Some(found?.claim(plan))).collect::<Result<_, _>>();
+        self.plan.others = own;
+        Ok(claimed?)
     }
 }
 
@@ -144,6 +152,11 @@ pub fn prepare_with(
         (None, None) => fresh(config, world, progress)?,
     };
     prepared.plan.device = device;
+    for (name, model) in &config.models {
+        let other = other_model(config, (name, model), world, progress)?;
+        prepared.plan.others.push(OtherModel { name: name.clone(), plan: LoadPlan { device, ..other.plan } });
+        prepared.cached.extend(other.cached);
+    }
     prepared.plan.check_memory(config.memory_budget(host_bytes, devices))?;
     Ok(prepared)
 }
@@ -168,6 +181,27 @@ fn choose_device(config: &JobConfig, world: WorldSize) -> Result<(DeviceRule, Op
     rule.device = DeviceWish::Cuda;
     let free = device::free_bytes(world.get(), &probe)?;
     Ok((rule, free.map(|(free_bytes, count)| DeviceBudget { count, free_bytes })))
+}
+
+/// A model beside the job's own: loaded as it is, with a type and a quantization of its own.
+fn other_model(
+    config: &JobConfig,
+    (name, model): (&str, &OtherModelConfig),
+    world: WorldSize,
+    progress: &dyn Fn(Progress<'_>),
+) -> Result<Prepared, PrepareError> {
+    let is_word = |c: char| c.is_ascii_alphanumeric() || c == '-' || c == '_';
+    if name == OWN_MODEL || name.is_empty() || !name.chars().all(is_word) {
+        let expected = "a name of letters, digits, - and _, other than base, which is the job's own model";
+        return Err(ConfigError::Value { key: "models", expected, found: name.to_owned() }.into());
+    }
+    let mut alone = config.clone();
+    alone.model.source = Some(model.source.clone());
+    alone.load.dtype.clone_from(&model.dtype);
+    alone.quantization = model.quantization.clone();
+    // Nobody reads it layer by layer.
+    alone.load.strategy = alone.load.strategy.filter(|strategy| *strategy != Strategy::Streaming);
+    fresh(&alone, world, progress)
 }
 
 /// The checkpoint to load, if the policy and the directory give one.
@@ -245,7 +279,7 @@ fn fresh(config: &JobConfig, world: WorldSize, progress: &dyn Fn(Progress<'_>)) 
     plan.versions = source.versions;
     let cached = config.cache_place().map(|place| cache::attach(&mut plan, &place)).transpose()?.flatten();
     let step = Step(config.checkpoint.step);
-    Ok(Prepared { plan, resumed_from: None, skipped: Vec::new(), step, cached })
+    Ok(Prepared { plan, resumed_from: None, skipped: Vec::new(), step, cached: vec![cached] })
 }
 
 fn resume(
@@ -263,7 +297,7 @@ fn resume(
     }
     let plan = plan_resume(request, checkpoint)?;
     let resumed_from = Some(checkpoint.directory.clone());
-    Ok(Prepared { plan, resumed_from, skipped, step: checkpoint.manifest.step, cached: None })
+    Ok(Prepared { plan, resumed_from, skipped, step: checkpoint.manifest.step, cached: vec![None] })
 }
 
 type Resumable = Option<(Checkpoint, Vec<Skipped>)>;

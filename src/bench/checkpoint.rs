@@ -78,6 +78,7 @@ pub(super) fn plan(world: WorldSize, bytes: u64) -> LoadPlan {
         tensors: (0..TENSORS).map(tensor).collect(),
         aliases: Vec::new(),
         train: None,
+        others: Vec::new(),
     }
 }
 

@@ -71,6 +71,14 @@ pub enum Command {
     Status(StatusFlags),
     /// Have a running job write a checkpoint now, and wait until it is committed
     Save(JobFlags),
+    /// Have a running job let go one of the models that it holds beside its own
+    Unload {
+        /// The model's name in the job
+        name: String,
+        /// Which job.
+        #[command(flatten)]
+        job: JobFlags,
+    },
     /// End a running job in an orderly way, with a checkpoint if it has none
     Drain(JobFlags),
     /// Run the main job on a small real model, with a crash in the middle
@@ -231,7 +239,7 @@ pub struct JobOverrides {
     /// The job's name
     #[arg(long, value_name = "NAME")]
     pub job_name: Option<String>,
-    /// Which ranks read: low-memory (rank 0), striped, full
+    /// Which ranks read: low-memory (rank 0), striped, full; streaming (each its part of a layer when it is needed)
     #[arg(long, value_parser = parse_strategy)]
     pub strategy: Option<Strategy>,
     /// What ranks keep: shard, replicate, experts, layers
@@ -285,7 +293,7 @@ pub struct JobOverrides {
 }
 
 fn parse_strategy(text: &str) -> Result<Strategy, String> {
-    word(text, "low-memory, striped or full")
+    word(text, "low-memory, striped, full or streaming")
 }
 
 fn parse_placement(text: &str) -> Result<Placement, String> {

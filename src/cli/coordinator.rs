@@ -21,6 +21,9 @@ pub(super) fn run(flags: CoordinatorFlags) -> u8 {
         Ok(world) => world,
         Err(error) => return fail_with(&error, super::EXIT_USAGE),
     };
+    if let Err(error) = config.check_streaming() {
+        return refuse(&error);
+    }
     let runtime = match super::launch::runtime() {
         Ok(runtime) => runtime,
         Err(error) => return fail_with(&error, 70),

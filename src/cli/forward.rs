@@ -31,6 +31,9 @@ pub struct ForwardFlags {
     /// How it is quantized; it is computed with what the quantized weights stand for.
     #[command(flatten)]
     quantize: QuantizeFlags,
+    /// Read each layer's weights when it is computed, and let them go afterwards: for models that do not fit
+    #[arg(long)]
+    stream: bool,
     /// A safetensors file with "input_ids", int64 [batch, seq]
     #[arg(long, value_name = "PATH")]
     input: PathBuf,
@@ -51,6 +54,7 @@ pub(super) fn run(flags: &ForwardFlags) -> u8 {
         model: flags.model.clone(),
         adapter: flags.adapter.clone(),
         quantization: flags.quantize.config(),
+        streams: flags.stream,
         input: flags.input.clone(),
         output: flags.output.clone(),
         gradients: flags.gradients,

@@ -1,4 +1,4 @@
-//! `weightcast status`, `weightcast save` and `weightcast drain`.
+//! `weightcast status`, `weightcast save`, `weightcast unload` and `weightcast drain`.
 
 use std::io::IsTerminal as _;
 use std::time::Duration;
@@ -126,6 +126,19 @@ pub(super) fn save(flags: &JobFlags) -> u8 {
     }
 }
 
+pub(super) fn unload(name: &str, flags: &JobFlags) -> u8 {
+    let answer = block_on(async {
+        let (mut clients, token) = connect(flags).await?;
+        let request_id = format!("cli-{}", std::process::id());
+        let message = request(&token, v1::UnloadModelRequest { request_id, model: name.to_owned() })?;
+        Ok(clients.job.unload_model(message).await?.into_inner())
+    });
+    match answer {
+        Ok(_) => 0,
+        Err(error) => fail(&error),
+    }
+}
+
 pub(super) fn drain(flags: &JobFlags) -> u8 {
     let answer = block_on(async {
         let (mut clients, token) = connect(flags).await?;
@@ -182,6 +195,9 @@ fn print(answer: &v1::GetStatusResponse, as_json: bool) {
             "job": header.job_id, "generation": header.generation, "phase": phase, "model": answer.model,
             "last_checkpoint": answer.last_checkpoint, "gpu": devices,
             "training": training,
+            "models": answer.models.iter().map(|model| json!({
+                "name": model.name, "source": model.source, "kept_bytes": model.kept_bytes, "unloaded": model.unloaded,
+            })).collect::<Vec<_>>(),
             "ranks": answer.ranks.iter().map(rank).collect::<Vec<_>>(),
         }));
         return;
@@ -190,6 +206,11 @@ fn print(answer: &v1::GetStatusResponse, as_json: bool) {
     say(&format!("devices    {devices}"));
     if !answer.last_checkpoint.is_empty() {
         say(&format!("checkpoint {}", answer.last_checkpoint));
+    }
+    // One model goes without saying.
+    for model in answer.models.iter().filter(|_| answer.models.len() > 1) {
+        let state = if model.unloaded { ", unloaded" } else { "" };
+        data(&format!("model      {}: {}, {}{state}", model.name, model.source, bytes(model.kept_bytes)));
     }
     if let Some(training) = &answer.training {
         print_training(training);

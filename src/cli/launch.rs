@@ -121,11 +121,14 @@ fn run_job(config: JobConfig, args: LaunchArgs, as_json: bool) -> u8 {
         Ok(world) => world,
         Err(error) => return fail_with(&error, super::EXIT_USAGE),
     };
+    if let Err(error) = config.check_streaming() {
+        return refuse(&error);
+    }
     let mut prepared = match prepare(&config, world, &super::output::download) {
         Ok(prepared) => prepared,
         Err(error) => return refuse(&error),
     };
-    if let Some(found) = &prepared.cached {
+    for found in prepared.cached.iter().flatten() {
         let (cached, missing) = (bytes(found.cached_bytes), bytes(found.missing_bytes));
         say(&format!("[launcher] cache entry {}: {cached} to read, {missing} to make", found.key));
     }

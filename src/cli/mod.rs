@@ -61,6 +61,7 @@ pub fn main(arguments: impl Iterator<Item = std::ffi::OsString>) -> u8 {
         Command::Cache { command } => cache::run(&command),
         Command::Status(flags) => job::status(&flags),
         Command::Save(flags) => job::save(&flags),
+        Command::Unload { name, job } => job::unload(&name, &job),
         Command::Drain(flags) => job::drain(&flags),
         Command::Demo(flags) => demo::run(&flags),
         Command::Bench { command, json } => bench::run(&command, json),

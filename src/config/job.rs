@@ -1,5 +1,6 @@
 //! job.toml.
 
+use std::collections::BTreeMap;
 use std::path::{Path, PathBuf};
 
 use serde::Deserialize;
@@ -31,6 +32,8 @@ pub struct JobConfig {
     pub job: JobSection,
     /// `[model]`.
     pub model: ModelSection,
+    /// `[models.NAME]`: models that the ranks hold beside it.
+    pub models: BTreeMap<String, OtherModelConfig>,
     /// `[load]`.
     pub load: LoadConfig,
     /// `[quantization]`.
@@ -57,6 +60,18 @@ pub struct JobSection {
 pub struct ModelSection {
     /// A directory, a file, or a hub id with an optional revision: `org/name@revision`.
     pub source: Option<String>,
+}
+
+/// `[models.NAME]`: a model beside the job's own, loaded in the same placement. It has a type and a quantization of its own.
+#[derive(Clone, Debug, Default, PartialEq, Eq, Deserialize)]
+#[serde(deny_unknown_fields, default)]
+pub struct OtherModelConfig {
+    /// As `model.source`.
+    pub source: String,
+    /// As `load.dtype`.
+    pub dtype: Option<String>,
+    /// As `[quantization]`.
+    pub quantization: QuantizationConfig,
 }
 
 /// `[load]`: how it is loaded.
@@ -171,7 +186,8 @@ impl JobConfig {
         if let Some(directory) = &mut config.load.cache {
             *directory = base.join(&*directory);
         }
-        if let Some(source) = &mut config.model.source {
+        let sources = config.models.values_mut().map(|model| &mut model.source);
+        for source in config.model.source.iter_mut().chain(sources) {
             let local = base.join(&*source);
             if !is_remote(&*source) && local.exists() {
                 *source = local.display().to_string();
@@ -248,6 +264,25 @@ impl JobConfig {
     pub const fn device_rule(&self) -> DeviceRule {
         let sharing = if self.load.share_devices { Sharing::Allowed } else { Sharing::Refused };
         DeviceRule { device: self.load.device, sharing, backend: self.load.backend }
+    }
+
+    /// That a job whose weights stream asks for nothing that wants them in memory.
+    ///
+    /// # Errors
+    /// [`ConfigError::Value`].
+    pub fn check_streaming(&self) -> Result<(), ConfigError> {
+        if self.load.strategy != Some(Strategy::Streaming) {
+            return Ok(());
+        }
+        let refuse = |key, expected, found: &str| Err(ConfigError::Value { key, expected, found: found.to_owned() });
+        if self.train.is_none() {
+            let expected = "low-memory, striped or full, because the job does not train; streaming keeps nothing";
+            return refuse("load.strategy", expected, "streaming");
+        }
+        if self.load.digests {
+            return refuse("load.digests", "false, because the weights stream", "true");
+        }
+        Ok(())
     }
 
     /// What follows when the work is done.

@@ -11,5 +11,7 @@ pub use environment::{
     EnvironmentError, WorkerEnvironment, available_memory_bytes, host_name, remote_settings, runtime_directory,
     variable,
 };
-pub use job::{CheckpointConfig, ConfigError, JobConfig, JobSection, LoadConfig, ModelSection, ResumePolicy};
-pub use quantization::{QuantizationConfig, QuantizationFormat};
+pub use job::{
+    CheckpointConfig, ConfigError, JobConfig, JobSection, LoadConfig, ModelSection, OtherModelConfig, ResumePolicy,
+};
+pub use quantization::{ModuleConfig, QuantizationConfig, QuantizationFormat};

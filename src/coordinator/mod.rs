@@ -16,7 +16,7 @@ use std::time::Duration;
 use tokio::sync::{mpsc, oneshot, watch};
 
 pub use journal::{EndRecord, GenerationRecord, Interrupted, JobRecord, Journal, JournalError};
-pub use view::{RankView, View};
+pub use view::{ModelView, RankView, View};
 
 use crate::checkpoint::CheckpointError;
 use crate::load::LoadReport;

@@ -6,7 +6,7 @@ use std::sync::Arc;
 
 use tokio::sync::{mpsc, watch};
 
-use super::{CoordinatorConfig, EndRecord, GenerationRecord, JobRecord, Journal, Request, View};
+use super::{CoordinatorConfig, EndRecord, GenerationRecord, JobRecord, Journal, ModelView, Request, View};
 use crate::checkpoint::{self, CheckpointError, Delete};
 use crate::error::{Classify, Kind, chain};
 use crate::manifest::{SealRequest, ShardReceipt};
@@ -60,6 +60,7 @@ impl Owner {
         let mut view = View {
             job: record.job,
             model: record.plan.model.clone(),
+            models: ModelView::of(&record.plan),
             generation: membership.generation(),
             phase: Phase::Forming,
             peers: Vec::new(),

@@ -4,6 +4,7 @@ use std::path::PathBuf;
 
 use crate::clock::Instant;
 use crate::membership::{Cause, Member, Membership, Phase, Progress, Save};
+use crate::plan::{LoadPlan, OWN_MODEL};
 use crate::types::{Generation, JobId, Rank, Step};
 
 /// A snapshot of the job.
@@ -41,6 +42,21 @@ pub struct View {
     pub save_request: u64,
     /// The newest request that a snapshot has answered, and its step.
     pub save_answered: Option<(u64, Step)>,
+    /// The models of the job, its own first.
+    pub models: Vec<ModelView>,
+}
+
+/// A model of the job.
+#[derive(Clone, Debug)]
+pub struct ModelView {
+    /// Its name in the job.
+    pub name: String,
+    /// Where it came from, in words.
+    pub source: String,
+    /// Bytes of weights and statistics that all ranks together keep, or kept.
+    pub kept_bytes: u64,
+    /// Whether it was let go.
+    pub unloaded: bool,
 }
 
 /// A snapshot of one rank.
@@ -62,6 +78,20 @@ pub struct RankView {
     pub progress: Progress,
     /// When its lease was last renewed.
     pub renewed: Option<Instant>,
+}
+
+impl ModelView {
+    /// The models of `plan`.
+    pub(super) fn of(plan: &LoadPlan) -> Vec<Self> {
+        let view = |name: &str, plan: &LoadPlan| Self {
+            name: name.to_owned(),
+            source: plan.model.clone(),
+            kept_bytes: plan.world.ranks().map(|rank| plan.kept_bytes(rank)).sum(),
+            unloaded: false,
+        };
+        let others = plan.others.iter().map(|other| view(&other.name, &other.plan));
+        std::iter::once(view(OWN_MODEL, plan)).chain(others).collect()
+    }
 }
 
 impl View {
@@ -98,6 +128,9 @@ impl View {
         self.committed_step = membership.committed_step();
         self.save_request = membership.save_request();
         self.save_answered = membership.save_answered();
+        for model in &mut self.models {
+            model.unloaded = membership.unloaded().contains(&model.name);
+        }
         self.ranks = membership
             .members()
             .iter()

@@ -36,6 +36,7 @@ impl Membership {
             }
             Event::Trained { member, generation } => self.trained(&member, generation),
             Event::SaveRequested { step, request } => self.save_requested(step, request),
+            Event::UnloadRequested(model) => self.unload_requested(model),
             Event::DrainRequested(save) => self.drain_requested(save),
             Event::Tick => Ok(self.tick(now)),
         }
@@ -253,6 +254,15 @@ impl Membership {
         }
         self.phase = Phase::Beginning { step };
         Ok(vec![Effect::BeginSave(step)])
+    }
+
+    fn unload_requested(&mut self, model: String) -> Result<Vec<Effect>, Refusal> {
+        self.refuse_if_over()?;
+        if self.phase != Phase::Holding {
+            return Err(Refusal::NotNow { phase: self.phase.name(), request: "unload a model" });
+        }
+        self.unloaded.insert(model);
+        Ok(Vec::new())
     }
 
     fn drain_requested(&mut self, save: Option<Step>) -> Result<Vec<Effect>, Refusal> {

@@ -177,6 +177,8 @@ pub enum Event {
         /// The number of the request, higher than those before it.
         request: u64,
     },
+    /// Somebody asks the ranks to let a model go, which the job has beside its own.
+    UnloadRequested(String),
     /// Somebody asks for an orderly end. With a step, a checkpoint of it is written first, unless this job has one.
     DrainRequested(Option<Step>),
     /// Time passes.
@@ -201,6 +203,7 @@ impl Event {
             Self::SnapshotTaken { .. } => "coordinator.snapshot-taken",
             Self::Trained { .. } => "coordinator.trained",
             Self::SaveRequested { .. } => "coordinator.save-requested",
+            Self::UnloadRequested(_) => "coordinator.unload-requested",
             Self::DrainRequested(_) => "coordinator.drain-requested",
             Self::Tick => "coordinator.tick",
         }

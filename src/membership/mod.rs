@@ -15,6 +15,7 @@ mod leases;
 #[cfg(test)]
 mod tests;
 
+use std::collections::BTreeSet;
 use std::time::Duration;
 
 use serde::{Deserialize, Serialize};
@@ -70,6 +71,8 @@ pub struct Membership {
     save_request: u64,
     /// The newest request that a snapshot has answered, and its step.
     save_answered: Option<(u64, Step)>,
+    /// Models that ranks are to let go.
+    unloaded: BTreeSet<String>,
 }
 
 /// What the job is doing.
@@ -172,6 +175,7 @@ impl Membership {
             last_checkpoint: None,
             save_request: 0,
             save_answered: None,
+            unloaded: BTreeSet::new(),
         }
     }
 
@@ -245,6 +249,12 @@ impl Membership {
     #[must_use]
     pub const fn save_answered(&self) -> Option<(u64, Step)> {
         self.save_answered
+    }
+
+    /// Models beside the job's own that ranks are to let go.
+    #[must_use]
+    pub const fn unloaded(&self) -> &BTreeSet<String> {
+        &self.unloaded
     }
 
     /// Whether the job is to end in an orderly way.

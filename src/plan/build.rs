@@ -251,6 +251,7 @@ pub(crate) fn assemble(
         tensors,
         aliases,
         train: None,
+        others: Vec::new(),
     })
 }
 

@@ -89,10 +89,14 @@ impl TensorPlan {
 }
 
 impl LoadPlan {
-    /// The bytes of weights and statistics that `rank` keeps, without padding.
+    /// The bytes of weights and statistics that `rank` keeps all the time, without padding.
     #[must_use]
     pub fn kept_bytes(&self, rank: Rank) -> u64 {
-        self.tensors.iter().map(|tensor| tensor.kept_bytes(rank, self.world)).sum()
+        self.tensors
+            .iter()
+            .filter(|tensor| !self.streams(tensor))
+            .map(|tensor| tensor.kept_bytes(rank, self.world))
+            .sum()
     }
 }
 

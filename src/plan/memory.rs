@@ -101,16 +101,35 @@ impl LoadPlan {
     pub fn reads(&self, rank: Rank) -> bool {
         match self.strategy {
             Strategy::LowMemory => rank == Rank::ZERO,
-            Strategy::Full => true,
+            Strategy::Full | Strategy::Streaming => true,
             Strategy::Striped => self.tensors.iter().any(|tensor| tensor.reader == rank),
         }
     }
 
-    /// The memory of `rank`.
+    /// The memory of `rank`, with all models that it holds.
     #[must_use]
     pub fn memory(&self, rank: Rank) -> RankMemory {
+        let mut memory = self.own_memory(rank);
+        for other in &self.others {
+            let other = other.plan.own_memory(rank);
+            let before = memory.window_bytes.max(memory.training_bytes);
+            memory.weights_bytes += other.weights_bytes;
+            memory.padding_bytes += other.padding_bytes;
+            memory.window_bytes = memory.window_bytes.max(other.window_bytes);
+            memory.peak_host_bytes += memory.window_bytes.max(memory.training_bytes) - before;
+            if other.peak_device_bytes == 0 {
+                memory.peak_host_bytes += other.weights_bytes + other.padding_bytes;
+            } else {
+                memory.peak_device_bytes += other.weights_bytes + other.padding_bytes;
+            }
+        }
+        memory
+    }
+
+    fn own_memory(&self, rank: Rank) -> RankMemory {
         let (mut weights, mut padded) = (0, 0);
-        for holding in self.tensors.iter().flat_map(|tensor| tensor.holdings(rank, self.world)) {
+        let resident = self.tensors.iter().filter(|tensor| !self.streams(tensor));
+        for holding in resident.flat_map(|tensor| tensor.holdings(rank, self.world)) {
             weights += holding.kept.len();
             padded += aligned(holding.kept.len());
         }
@@ -118,6 +137,8 @@ impl LoadPlan {
         let on_device = self.device.device == DeviceWish::Cuda;
         let training = self.train.as_ref().and_then(|train| train.memory.get(rank.index()));
         let training = training.map_or(0, super::TrainMemory::total_bytes);
+        // What streams is read while the rank trains.
+        let training = if self.strategy == Strategy::Streaming { training + window } else { training };
         let staging = if self.world.get() > 1 { STAGING_BYTES } else { 0 };
         let overhead = PROCESS_OVERHEAD_BYTES + staging + if on_device { CUDA_HOST_BYTES } else { 0 };
         let (host, device) = if on_device { (0, padded + CUDA_CONTEXT_BYTES) } else { (padded, 0) };

@@ -17,6 +17,7 @@ mod layers;
 mod memory;
 mod pieces;
 mod select;
+mod stream;
 mod train;
 mod train_memory;
 
@@ -54,6 +55,8 @@ pub enum Strategy {
     Full,
     /// Every rank reads a part of the tensors and sends; each byte is still read once.
     Striped,
+    /// Each rank reads what it keeps of a layer when the layer is needed, and lets it go afterwards.
+    Streaming,
 }
 
 impl Strategy {
@@ -64,6 +67,7 @@ impl Strategy {
             Self::LowMemory => "low-memory",
             Self::Full => "full",
             Self::Striped => "striped",
+            Self::Streaming => "streaming",
         }
     }
 }
@@ -123,7 +127,22 @@ pub struct LoadPlan {
     pub aliases: Vec<(Fqn, Fqn)>,
     /// What follows the load, when the ranks train.
     pub train: Option<Box<TrainPlan>>,
+    /// Models that the ranks hold beside this one; they have none beside them.
+    #[serde(default, skip_serializing_if = "Vec::is_empty")]
+    pub others: Vec<OtherModel>,
 }
+
+/// A model beside the job's own.
+#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
+pub struct OtherModel {
+    /// Its name in the job.
+    pub name: String,
+    /// Its load.
+    pub plan: LoadPlan,
+}
+
+/// The name of the job's own model among those that ranks hold.
+pub const OWN_MODEL: &str = "base";
 
 /// An entry of the cache, as a load uses it.
 #[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
@@ -151,7 +170,7 @@ pub struct TensorPlan {
     pub sharded: bool,
     /// The rank that keeps all of a sharded tensor, when whole layers or experts go to ranks.
     pub owner: Option<Rank>,
-    /// The rank that reads it (unless the strategy is [`Strategy::Full`]), and that owns it if it is not sharded.
+    /// The rank that reads it (unless each reads its own, [`Strategy::Full`] and [`Strategy::Streaming`]), and that owns it if it is not sharded.
     pub reader: Rank,
     /// Where its bytes are.
     pub input: Input,

@@ -77,6 +77,7 @@ pub fn state_plan(base: &LoadPlan, parameters: &[(Fqn, Shape)]) -> LoadPlan {
         tensors,
         aliases: Vec::new(),
         train: None,
+        others: Vec::new(),
         ..base.clone()
     }
 }

@@ -80,7 +80,7 @@ impl TrainMemory {
             optimizer_bytes: 3 * own,
             snapshot_bytes: snapshot.sum(),
             gradient_bytes: 3 * F32 * trained + own,
-            block_bytes: largest_group(base, state) + largest_merged(base, sizes),
+            block_bytes: largest_group(base, state, rank) + largest_merged(base, sizes),
             activation_bytes: sizes.activation_bytes(),
         }
     }
@@ -104,15 +104,17 @@ impl StepSizes {
 }
 
 /// The most that one group of tensors (a block, or one of the tensors outside blocks) takes: packed as gathered and as put
-/// together, where it is cut over ranks, and as f32. What is trained is no part of it.
-fn largest_group(base: &LoadPlan, state: &LoadPlan) -> u64 {
+/// together, where it is cut over ranks, this rank's part as read where it streams, and as f32. What is trained is no part of it.
+fn largest_group(base: &LoadPlan, state: &LoadPlan, rank: Rank) -> u64 {
     let is_trained = |fqn: &Fqn| state.tensors.iter().any(|tensor| &tensor.fqn == fqn);
     let mut largest = 0;
     let mut group: (Option<u32>, u64) = (None, 0);
     for tensor in base.tensors.iter().filter(|tensor| !is_trained(&tensor.fqn)) {
         let packed: u64 = tensor.components().iter().map(|component| component.bytes).sum();
         let gathered = if tensor.sharded && base.world.get() > 1 { 2 * packed } else { 0 };
-        let bytes = F32 * tensor.elements() + gathered;
+        let streamed = tensor.holdings(rank, base.world).iter().map(|holding| aligned(holding.kept.len())).sum();
+        let fetched = if base.streams(tensor) { streamed } else { 0 };
+        let bytes = F32 * tensor.elements() + gathered + fetched;
         let layer = tensor.fqn.layer();
         group = if layer.is_some() && layer == group.0 { (layer, group.1 + bytes) } else { (layer, bytes) };
         largest = largest.max(group.1);

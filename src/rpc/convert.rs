@@ -2,7 +2,7 @@
 
 use weightcast_proto::v1;
 
-use crate::coordinator::{Coordinator, View};
+use crate::coordinator::{Coordinator, ModelView, View};
 use crate::membership::{Cause, Phase, Progress, TrainingProgress};
 use crate::types::as_u64;
 
@@ -55,6 +55,7 @@ pub(super) fn watch(coordinator: &Coordinator, view: &View) -> v1::WatchResponse
         stop: view.is_draining,
         committed_step: view.committed_step.map(|step| step.0),
         save_request: view.save_request,
+        unloaded: view.models.iter().filter(|model| model.unloaded).map(|model| model.name.clone()).collect(),
     }
 }
 
@@ -93,6 +94,15 @@ pub(crate) fn training(progress: &TrainingProgress) -> v1::TrainingProgress {
     }
 }
 
+fn model(model: &ModelView) -> v1::ModelStatus {
+    v1::ModelStatus {
+        name: model.name.clone(),
+        source: model.source.clone(),
+        kept_bytes: model.kept_bytes,
+        unloaded: model.unloaded,
+    }
+}
+
 pub(super) fn job_status(coordinator: &Coordinator, view: &View) -> v1::GetStatusResponse {
     let now = crate::clock::now();
     let rank = |rank: &crate::coordinator::RankView| v1::RankStatus {
@@ -121,5 +131,6 @@ pub(super) fn job_status(coordinator: &Coordinator, view: &View) -> v1::GetStatu
         cause: view.cause().map(cause),
         model: view.model.clone(),
         training: view.ranks.iter().find_map(|rank| rank.progress.training.as_ref()).map(training),
+        models: view.models.iter().map(model).collect(),
     }
 }

@@ -65,6 +65,26 @@ impl JobService for JobServer {
         }
     }
 
+    async fn unload_model(
+        &self,
+        request: Request<v1::UnloadModelRequest>,
+    ) -> Result<Response<v1::UnloadModelResponse>, Status> {
+        expect_deadline(&request)?;
+        let model = request.into_inner().model;
+        let views = self.coordinator.views();
+        let others: Vec<String> = views.borrow().models.iter().skip(1).map(|model| model.name.clone()).collect();
+        if !others.contains(&model) {
+            let expected =
+                if others.is_empty() { "none, because the job has no other".to_owned() } else { others.join(", ") };
+            return Err(Status::not_found(format!(
+                "models that can be unloaded: expected {expected}; found {model:?}"
+            )));
+        }
+        self.coordinator.apply(Event::UnloadRequested(model)).await.map_err(|refusal| status(&refusal))?;
+        let header = convert::header(&self.coordinator, &views.borrow());
+        Ok(Response::new(v1::UnloadModelResponse { header: Some(header) }))
+    }
+
     async fn drain(&self, request: Request<v1::DrainRequest>) -> Result<Response<v1::DrainResponse>, Status> {
         expect_deadline(&request)?;
         // A job without a place for checkpoints ends as well, with nothing to save.

@@ -1,4 +1,4 @@
-//! The frozen base: gathered from the ranks block by block, turned into f32, and let go again.
+//! The frozen base: gathered from the ranks block by block (read before, where it streams), turned into f32, and let go again.
 //!
 //! Owns: the gather (one collective per block). Refuses to know: what is computed.
 //!
@@ -18,11 +18,16 @@ use crate::types::{Fqn, TensorDigest, as_usize};
 
 use super::TrainError;
 use super::exchange::Exchange;
+use super::stream::Stream;
 
 /// The base as this rank holds it.
 pub(super) struct Base<'a> {
     plan: &'a LoadPlan,
+    /// What stays in memory.
     state: &'a StateDict,
+    /// By tensor: its number in `state`; nothing for one that streams.
+    resident: Vec<Option<usize>>,
+    stream: Option<Stream>,
     index: BTreeMap<Fqn, usize>,
     slots: BTreeMap<Fqn, FrozenWeight>,
     /// By tensor, by component: the bytes that each rank owns.
@@ -33,14 +38,30 @@ pub(super) struct Base<'a> {
     gathered: Vec<u8>,
 }
 
+/// Where this rank's bytes of a tensor are.
+struct Place<'s> {
+    /// In the plan.
+    tensor: usize,
+    state: &'s StateDict,
+    /// In `state`.
+    number: usize,
+}
+
 impl<'a> Base<'a> {
-    /// The base in `state`, to be filled into `slots`.
+    /// The base, to be filled into `slots`; `state` is of the plan's resident part.
+    ///
+    /// # Errors
+    /// The place that weights stream from cannot be opened.
     pub(super) fn new(
         plan: &'a LoadPlan,
         state: &'a StateDict,
         slots: BTreeMap<Fqn, FrozenWeight>,
         device: candle_core::Device,
-    ) -> Self {
+    ) -> Result<Self, TrainError> {
+        let stream = Stream::of(plan, state.rank())?;
+        let mut next = 0..;
+        let resident =
+            plan.tensors.iter().map(|tensor| if plan.streams(tensor) { None } else { next.next() }).collect();
         let index = plan.tensors.iter().enumerate().map(|(index, tensor)| (tensor.fqn.clone(), index)).collect();
         let owned = plan.tensors.iter().map(|tensor| {
             let by_rank: Vec<_> = plan.world.ranks().map(|rank| tensor.holdings(rank, plan.world)).collect();
@@ -56,16 +77,19 @@ impl<'a> Base<'a> {
         });
         let owned = owned.collect();
         let kernels = Kernels::detect();
-        Self { plan, state, index, slots, owned, device, kernels, sent: Vec::new(), gathered: Vec::new() }
+        let (sent, gathered) = (Vec::new(), Vec::new());
+        Ok(Self { plan, state, resident, stream, index, slots, owned, device, kernels, sent, gathered })
     }
 
     /// Gathers the tensors `fqns` and fills their slots with f32. Names without a slot are trained, not frozen.
     pub(super) fn fill(&mut self, fqns: &[Fqn], exchange: &mut Exchange<'_>) -> Result<(), TrainError> {
         let tensors = self.tensors(fqns);
-        let parts = self.gather(&tensors, exchange)?;
-        for (&tensor, parts) in tensors.iter().zip(parts) {
-            let planned = &self.plan.tensors[tensor];
-            let values = self.values(tensor, &parts)?;
+        let fetched = self.fetch(&tensors)?;
+        let places = self.places(&tensors, fetched.as_ref());
+        let parts = self.gather(&places, exchange)?;
+        for (place, parts) in places.iter().zip(parts) {
+            let planned = &self.plan.tensors[place.tensor];
+            let values = self.values(place, &parts)?;
             let dims: Vec<usize> = planned.shape.0.iter().map(|&size| as_usize(size)).collect();
             let value = Tensor::from_vec(values, dims, &self.device)?;
             if let Some(slot) = self.slots.get(&planned.fqn) {
@@ -78,7 +102,9 @@ impl<'a> Base<'a> {
     /// Takes part in the gather of `fqns` without using them.
     pub(super) fn take_part(&mut self, fqns: &[Fqn], exchange: &mut Exchange<'_>) -> Result<(), TrainError> {
         let tensors = self.tensors(fqns);
-        self.gather(&tensors, exchange).map(drop)
+        let fetched = self.fetch(&tensors)?;
+        let places = self.places(&tensors, fetched.as_ref());
+        self.gather(&places, exchange).map(drop)
     }
 
     /// Empties the slots of `fqns`.
@@ -93,13 +119,15 @@ impl<'a> Base<'a> {
             expected: format!("a tensor {fqn}"),
             found: "none".to_owned(),
         })?;
-        let parts = self.gather(&[tensor], exchange)?.pop().unwrap_or_default();
-        self.values(tensor, &parts)
+        let fetched = self.fetch(&[tensor])?;
+        let places = self.places(&[tensor], fetched.as_ref());
+        let parts = self.gather(&places, exchange)?.pop().unwrap_or_default();
+        places.first().map_or_else(|| Ok(Vec::new()), |place| self.values(place, &parts))
     }
 
     /// The digest of all bytes of the base, whatever ranks it lies on.
     pub(super) fn digest(&self, exchange: &mut Exchange<'_>) -> Result<String, TrainError> {
-        let own = self.state.owned_digests()?;
+        let own = self.owned_digests()?;
         // As text a digest has the same length on every rank only if lengths are fixed: gather one line per component.
         let mut digest = TensorDigest::empty();
         let width = 48;
@@ -126,28 +154,70 @@ impl<'a> Base<'a> {
         Ok(digest.to_string())
     }
 
+    /// Of all tensors in the plan's order; of those that stream layer by layer.
+    fn owned_digests(&self) -> Result<Vec<Vec<TensorDigest>>, TrainError> {
+        let mut resident = self.state.owned_digests()?.into_iter();
+        if self.stream.is_none() {
+            return Ok(resident.collect());
+        }
+        let mut all = Vec::with_capacity(self.plan.tensors.len());
+        let layer = |index: &usize| self.plan.tensors.get(*index).and_then(|tensor| tensor.fqn.layer());
+        let order: Vec<usize> = (0..self.plan.tensors.len()).collect();
+        for group in order.chunk_by(|one, other| layer(one) == layer(other)) {
+            match self.fetch(group)? {
+                Some(fetched) => all.extend(fetched.owned_digests()?),
+                None => all.extend(resident.by_ref().take(group.len())),
+            }
+        }
+        Ok(all)
+    }
+
     fn tensors(&self, fqns: &[Fqn]) -> Vec<usize> {
         fqns.iter().filter(|fqn| self.slots.contains_key(*fqn)).filter_map(|fqn| self.index.get(fqn).copied()).collect()
     }
 
-    /// The components of `tensors`, whole: where they lie, or gathered from their owners in one collective.
-    fn gather(
+    /// Reads those of `tensors` that stream, in their order; nothing when none does.
+    fn fetch(&self, tensors: &[usize]) -> Result<Option<StateDict>, TrainError> {
+        let streams = |tensor: &usize| self.resident.get(*tensor).is_some_and(Option::is_none);
+        let wanted: Vec<usize> = tensors.iter().copied().filter(streams).collect();
+        let stream = self.stream.as_ref().filter(|_| !wanted.is_empty());
+        stream.map(|stream| stream.fetch(self.plan, &wanted)).transpose()
+    }
+
+    /// Where this rank's bytes of each of `tensors` are.
+    fn places<'s>(&self, tensors: &[usize], fetched: Option<&'s StateDict>) -> Vec<Place<'s>>
+    where
+        'a: 's,
+    {
+        let mut next = 0..;
+        let place = |&tensor: &usize| {
+            let (state, number) = match (self.resident.get(tensor).copied().flatten(), fetched) {
+                (None, Some(fetched)) => (fetched, next.next().unwrap_or_default()),
+                (number, _) => (self.state, number.unwrap_or_default()),
+            };
+            Place { tensor, state, number }
+        };
+        tensors.iter().map(place).collect()
+    }
+
+    /// The components of tensors, whole: where they lie, or gathered from their owners in one collective.
+    fn gather<'s>(
         &mut self,
-        tensors: &[usize],
+        places: &[Place<'s>],
         exchange: &mut Exchange<'_>,
-    ) -> Result<Vec<Vec<Cow<'a, [u8]>>>, TrainError> {
-        let state = self.state;
-        let is_cut = |tensor: usize, component: usize| {
-            let planned = &self.plan.tensors[tensor];
-            let part = state.parts(tensor).get(component).map(|placed| placed.holding.component.part);
+    ) -> Result<Vec<Vec<Cow<'s, [u8]>>>, TrainError> {
+        let is_cut = |place: &Place<'_>, component: usize| {
+            let planned = &self.plan.tensors[place.tensor];
+            let part = place.state.parts(place.number).get(component).map(|placed| placed.holding.component.part);
             planned.sharded && self.plan.world.get() > 1 && part != Some(Part::NestedOffset)
         };
         let mut counts = vec![0_usize; self.plan.world.count()];
         self.sent.clear();
-        for &tensor in tensors {
-            for component in (0..state.parts(tensor).len()).filter(|&component| is_cut(tensor, component)) {
-                self.sent.extend_from_slice(&state.owned_bytes(tensor, component)?);
-                for (count, own) in counts.iter_mut().zip(&self.owned[tensor][component]) {
+        for place in places {
+            let components = 0..place.state.parts(place.number).len();
+            for component in components.filter(|&component| is_cut(place, component)) {
+                self.sent.extend_from_slice(&place.state.owned_bytes(place.number, component)?);
+                for (count, own) in counts.iter_mut().zip(&self.owned[place.tensor][component]) {
                     *count += own;
                 }
             }
@@ -166,16 +236,17 @@ impl<'a> Base<'a> {
                 Some(start)
             })
             .collect();
-        let mut all = Vec::with_capacity(tensors.len());
-        for &tensor in tensors {
+        let mut all = Vec::with_capacity(places.len());
+        for place in places {
             let mut parts = Vec::new();
-            for component in 0..state.parts(tensor).len() {
-                if !is_cut(tensor, component) {
-                    parts.push(state.kept_bytes(tensor, component)?);
+            for component in 0..place.state.parts(place.number).len() {
+                if !is_cut(place, component) {
+                    parts.push(place.state.kept_bytes(place.number, component)?);
                     continue;
                 }
-                let mut whole = Vec::with_capacity(self.owned[tensor][component].iter().sum());
-                for (next, own) in next.iter_mut().zip(&self.owned[tensor][component]) {
+                let owned = &self.owned[place.tensor][component];
+                let mut whole = Vec::with_capacity(owned.iter().sum());
+                for (next, own) in next.iter_mut().zip(owned) {
                     whole.extend_from_slice(&self.gathered[*next..*next + own]);
                     *next += own;
                 }
@@ -187,10 +258,10 @@ impl<'a> Base<'a> {
     }
 
     /// The f32 values of a tensor from its whole components.
-    fn values(&self, tensor: usize, parts: &[Cow<'_, [u8]>]) -> Result<Vec<f32>, TrainError> {
-        let planned = &self.plan.tensors[tensor];
+    fn values(&self, place: &Place<'_>, parts: &[Cow<'_, [u8]>]) -> Result<Vec<f32>, TrainError> {
+        let planned = &self.plan.tensors[place.tensor];
         let parts: Vec<&[u8]> = parts.iter().map(AsRef::as_ref).collect();
-        let nested_offset = self.state.nested_offset(tensor)?;
+        let nested_offset = place.state.nested_offset(place.number)?;
         let (encoding, shape) = (planned.encoding, &planned.shape);
         let whole = WholeTensor { encoding, shape, parts: &parts, nested_offset };
         whole

@@ -27,6 +27,7 @@ mod snapshot;
 mod stall;
 mod state;
 mod steps;
+mod stream;
 mod table;
 
 pub use config::{

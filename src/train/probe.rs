@@ -24,7 +24,7 @@ use super::{TrainError, Trained};
 pub(crate) struct Probe<'a> {
     /// The base's plan.
     pub(crate) plan: &'a LoadPlan,
-    /// The base, in host memory.
+    /// The base in host memory, as far as it stays there.
     pub(crate) base: &'a StateDict,
     /// What `plan` is a plan of.
     pub(crate) config: &'a ModelConfig,
@@ -90,7 +90,7 @@ impl Probe<'_> {
             let whole: Vec<f32> = adapter.modules.iter().flat_map(parts).flatten().collect();
             parameters.set(&layout, &whole)?;
         }
-        let base = Base::new(self.plan, self.base, parameters.slots.clone(), device.clone());
+        let base = Base::new(self.plan, self.base, parameters.slots.clone(), device.clone())?;
         let decoder = Decoder::new(self.config, &parameters.parameters, device)?;
         let mut engine = Engine::new(decoder, base, (parameters.variables.clone(), &layout), true);
         let mut exchange = Exchange::new(None, Group { rank: Rank::ZERO, world: WorldSize::ONE }, Device::Host);

@@ -34,7 +34,7 @@ use super::{TrainError, Trained, trained_tensors};
 pub struct TrainRequest<'a, 'c> {
     /// The base's plan, with the training part.
     pub plan: &'a LoadPlan,
-    /// This rank's part of the base.
+    /// This rank's part of the base, as far as it stays in memory.
     pub base: &'a StateDict,
     /// The communicator; none for a world of one.
     pub comm: Option<&'c mut dyn Communicator>,
@@ -105,7 +105,7 @@ impl<'a> Setup<'a> {
         let layout = Layout::new(&self.train.state, self.group.rank);
         let device = compute_device(self.base.device())?;
         let parameters = ModelParameters::new(self.plan, &layout, &trained, &device)?;
-        let mut base = Base::new(self.plan, self.base, parameters.slots.clone(), device.clone());
+        let mut base = Base::new(self.plan, self.base, parameters.slots.clone(), device.clone())?;
         let base_digest = base.digest(&mut exchange)?;
         let shards = match &self.train.resumed {
             Some(_) => self.load(&layout)?,

@@ -1,11 +1,13 @@
 //! The data thread: it owns the communicator and the shards, and carries out one command after the other.
 
-use std::path::{Path, PathBuf};
+use std::collections::BTreeMap;
+use std::path::PathBuf;
 use std::sync::atomic::{AtomicU64, Ordering};
 use std::sync::{Arc, Mutex, PoisonError, mpsc};
 
 use tokio::sync::mpsc as async_mpsc;
 
+use super::models::{Loaded, Places, load_models};
 use super::plane::{Meeting, Offer, Plane};
 use super::proc_stat::peak_resident_bytes;
 use crate::checkpoint::{CheckpointError, WriteRequest, write_shard};
@@ -13,11 +15,11 @@ use crate::comm::tcp::TcpPort;
 use crate::comm::{AbortHandle, CommError, Communicator, Group};
 use crate::device::Device;
 use crate::error::{Classify, Kind, chain};
-use crate::load::{Cancel, LoadError, LoadOptions, LoadReport, load};
+use crate::load::{Cancel, LoadError, LoadReport};
 use crate::manifest::ShardReceipt;
 use crate::plan::{LoadPlan, Strategy};
 use crate::state::StateDict;
-use crate::store::{LocalStore, Store, StoreError, open_root};
+use crate::store::{StoreError, open_root};
 use crate::train::{Control, Grant, News, TrainError, TrainRequest, train};
 use crate::types::{Attempt, DeviceWish, Rank, Step};
 
@@ -30,6 +32,8 @@ pub(super) enum Command {
     Save(SaveCommand),
     /// Train on what was loaded; the host's root of checkpoints.
     Train(Option<PathBuf>),
+    /// Let a model go.
+    Unload(String),
 }
 
 /// Which try at a checkpoint is written.
@@ -113,6 +117,12 @@ impl Watched {
         }
     }
 
+    /// How many bytes the work at hand has.
+    pub(super) fn expect(&self, total_bytes: u64) {
+        self.done_bytes.store(0, Ordering::Relaxed);
+        self.total_bytes.store(total_bytes, Ordering::Relaxed);
+    }
+
     pub(super) fn set_abort(&self, handle: AbortHandle) {
         *self.abort.lock().unwrap_or_else(PoisonError::into_inner) = Some(handle);
     }
@@ -130,6 +140,8 @@ pub(super) struct DataThread {
 pub(super) struct Held {
     plan: LoadPlan,
     state: StateDict,
+    /// By name, those beside it.
+    others: BTreeMap<String, StateDict>,
     group: Group,
     /// Kept for training; with the memory that it moves.
     comm: Option<(Box<dyn Communicator>, Device)>,
@@ -143,6 +155,10 @@ impl DataThread {
                 Command::Load(command) => self.load(*command).unwrap_or_else(Outcome::Failed),
                 Command::Save(command) => self.save(command).unwrap_or_else(Outcome::Failed),
                 Command::Train(root) => self.train(root, outcomes).unwrap_or_else(Outcome::Failed),
+                Command::Unload(name) => {
+                    self.unload(&name);
+                    continue;
+                }
             };
             if outcomes.blocking_send(outcome).is_err() {
                 return;
@@ -153,52 +169,53 @@ impl DataThread {
     fn load(&mut self, command: LoadCommand) -> Result<Outcome, Failure> {
         let LoadCommand { plan, root, meeting } = command;
         let group = meeting.group;
-        self.watched.total_bytes.store(plan.kept_bytes(group.rank), Ordering::Relaxed);
-        let files = open_root(root.as_deref().unwrap_or_else(|| Path::new(&plan.root))).map_err(store_failure)?;
-        let cache = plan.cache.as_ref().map(|cache| LocalStore::new(&cache.root));
         let device = placed(self.offer.device, &plan, group.rank)?;
-        let mut options = LoadOptions {
-            device,
-            cache: cache.as_ref().map(|cache| cache as &dyn Store),
-            cancel: self.watched.cancel.clone(),
-            done_bytes: self.watched.done_bytes.clone(),
-            ..LoadOptions::on_host(group.rank, files.store.as_ref())
-        };
-        let exchanges = plan.strategy != Strategy::Full;
+        let watched = self.watched.clone();
+        let mut places =
+            Places { rank: group.rank, device, comm_device: Device::Host, root: root.as_deref(), watched: &watched };
+        let exchanging = |plan: &LoadPlan| !matches!(plan.strategy, Strategy::Full | Strategy::Streaming);
+        let exchanges = exchanging(&plan) || plan.others.iter().any(|other| exchanging(&other.plan));
         let alone = group.world.get() == 1 || (!exchanges && plan.train.is_none());
         let mut kept = None;
         let (loaded, traffic, backend) = match self.port.take().filter(|_| !alone) {
-            None => (load(&plan, &options, None), None, ""),
+            None => (load_models(&plan, places, None), None, ""),
             Some(port) => {
                 let plane = Plane::choose(plan.device, device, &self.offer, &meeting)?;
                 let backend = plane.name();
-                options.comm_device = plane.device();
+                places.comm_device = plane.device();
                 let (mut comm, counters) = plane.connect(meeting, port, &self.watched)?;
                 crate::faults::point("worker.connected");
                 let lent: Option<&mut dyn Communicator> = if exchanges { Some(comm.as_mut()) } else { None };
-                let loaded = load(&plan, &options, lent);
+                let loaded = load_models(&plan, places, lent);
                 if let Err(error) = &loaded {
                     comm.abort_handle().abort(&chain(error));
                 }
-                kept = plan.train.as_ref().map(|_| (comm, options.comm_device));
+                kept = plan.train.as_ref().map(|_| (comm, places.comm_device));
                 (loaded, Some(counters.traffic()), backend)
             }
         };
-        let (state, mut report) = loaded.map_err(|error| load_failure(&error, group.rank))?;
-        let cached_bytes = cache.as_ref().map_or(0, |cache| cache.read_counter().bytes());
-        report.storage_bytes = files.read.bytes() + cached_bytes;
+        let Loaded { state, others, mut report } = loaded.map_err(|error| load_failure(&error, group.rank))?;
         report.peak_resident_bytes = peak_resident_bytes();
         report.backend = backend.to_owned();
         if let Some(traffic) = traffic {
             report.sent_bytes = traffic.payload_sent_bytes;
             report.received_bytes = traffic.payload_received_bytes;
         }
-        self.held = Some(Held { plan, state, group, comm: kept });
+        self.held = Some(Held { plan, state, others, group, comm: kept });
         Ok(Outcome::Loaded(Box::new(report)))
     }
 
+    /// Lets a model go; the job's own goes with the job.
+    fn unload(&mut self, name: &str) {
+        if let Some(held) = &mut self.held
+            && let Some(state) = held.others.remove(name)
+        {
+            tracing::info!(name, bytes = state.arena_bytes(), "a model is unloaded");
+        }
+    }
+
     fn train(&mut self, root: Option<PathBuf>, outcomes: &async_mpsc::Sender<Outcome>) -> Result<Outcome, Failure> {
-        let Some(Held { plan, state, group, comm }) = &mut self.held else {
+        let Some(Held { plan, state, group, comm, .. }) = &mut self.held else {
             let message = "told to train before it has loaded".to_owned();
             return Err(Failure { message, exit_code: Kind::Internal.exit_code(), blame: Blame::Own });
         };
@@ -242,8 +259,7 @@ impl DataThread {
         let (plan, state) = (&held.plan, &held.state);
         let store = open_root(&command.root).map_err(store_failure)?.store;
         let total = crate::checkpoint::data_bytes(plan, state);
-        self.watched.done_bytes.store(0, Ordering::Relaxed);
-        self.watched.total_bytes.store(total, Ordering::Relaxed);
+        self.watched.expect(total);
         let request =
             WriteRequest { plan, state, store: store.as_ref(), directory: &command.directory, step: command.step };
         let progress = |done| self.watched.done_bytes.store(done, Ordering::Relaxed);

@@ -9,6 +9,7 @@
 mod calls;
 mod data;
 mod error;
+mod models;
 mod plane;
 mod proc_stat;
 mod reports;

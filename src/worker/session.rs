@@ -1,5 +1,6 @@
 //! The session with the coordinator: join, renew, follow the snapshots, report.
 
+use std::collections::BTreeSet;
 use std::net::SocketAddr;
 use std::path::{Path, PathBuf};
 use std::sync::atomic::{AtomicBool, Ordering};
@@ -83,6 +84,8 @@ pub(super) struct Session {
     loading: bool,
     pub(super) training: bool,
     saving: Option<(u64, u64)>,
+    /// Models that were let go.
+    unloaded: BTreeSet<String>,
     pub(super) generation: u64,
     /// To be said again to a coordinator that was restarted.
     pub(super) reported: Reported,
@@ -129,6 +132,7 @@ impl Session {
             loading: false,
             training: false,
             saving: None,
+            unloaded: BTreeSet::new(),
             generation: 0,
             reported: Reported::default(),
             preempted: Arc::default(),
@@ -240,6 +244,13 @@ impl Session {
                 crate::faults::point("worker.planned");
                 let command = self.load_command(plan, snapshot)?;
                 tell(commands, Command::Load(Box::new(command)))?;
+            }
+            v1::Phase::Holding => {
+                for name in &snapshot.unloaded {
+                    if self.unloaded.insert(name.clone()) {
+                        tell(commands, Command::Unload(name.clone()))?;
+                    }
+                }
             }
             v1::Phase::Saving => {
                 if let Some(save) = &snapshot.save

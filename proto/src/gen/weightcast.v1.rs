@@ -187,6 +187,9 @@ pub struct WatchResponse {
     /// The newest request for a checkpoint of a training job; 0 when there is none. Requests have rising numbers.
     #[prost(uint64, tag = "12")]
     pub save_request: u64,
+    /// In PHASE_HOLDING: models beside the job's own that ranks are to let go.
+    #[prost(string, repeated, tag = "13")]
+    pub unloaded: ::prost::alloc::vec::Vec<::prost::alloc::string::String>,
 }
 /// One try at writing a checkpoint.
 #[derive(Clone, PartialEq, Eq, Hash, ::prost::Message)]
@@ -1270,6 +1273,25 @@ pub struct GetStatusResponse {
     /// Absent for a job that does not train.
     #[prost(message, optional, tag = "8")]
     pub training: ::core::option::Option<TrainingProgress>,
+    /// The models that the ranks hold, the job's own first.
+    #[prost(message, repeated, tag = "9")]
+    pub models: ::prost::alloc::vec::Vec<ModelStatus>,
+}
+/// A model of the job.
+#[derive(Clone, PartialEq, Eq, Hash, ::prost::Message)]
+pub struct ModelStatus {
+    /// Its name in the job; "base" for the job's own.
+    #[prost(string, tag = "1")]
+    pub name: ::prost::alloc::string::String,
+    /// Where it came from, in words.
+    #[prost(string, tag = "2")]
+    pub source: ::prost::alloc::string::String,
+    /// Bytes of weights and statistics that all ranks together keep, or kept.
+    #[prost(uint64, tag = "3")]
+    pub kept_bytes: u64,
+    /// Whether it was let go.
+    #[prost(bool, tag = "4")]
+    pub unloaded: bool,
 }
 /// One rank as the coordinator sees it.
 #[derive(Clone, PartialEq, Eq, Hash, ::prost::Message)]
@@ -1310,6 +1332,19 @@ pub struct SaveCheckpointResponse {
     /// Its directory below the root of checkpoints.
     #[prost(string, tag = "4")]
     pub directory: ::prost::alloc::string::String,
+}
+#[derive(Clone, PartialEq, Eq, Hash, ::prost::Message)]
+pub struct UnloadModelRequest {
+    #[prost(string, tag = "1")]
+    pub request_id: ::prost::alloc::string::String,
+    /// Its name in the job.
+    #[prost(string, tag = "2")]
+    pub model: ::prost::alloc::string::String,
+}
+#[derive(Clone, PartialEq, Eq, Hash, ::prost::Message)]
+pub struct UnloadModelResponse {
+    #[prost(message, optional, tag = "1")]
+    pub header: ::core::option::Option<ResponseHeader>,
 }
 #[derive(Clone, PartialEq, Eq, Hash, ::prost::Message)]
 pub struct DrainRequest {
@@ -1473,6 +1508,31 @@ pub mod job_service_client {
                 .insert(GrpcMethod::new("weightcast.v1.JobService", "SaveCheckpoint"));
             self.inner.unary(req, path, codec).await
         }
+        /// Has all ranks of a job that holds let go one of the models beside its own.
+        pub async fn unload_model(
+            &mut self,
+            request: impl tonic::IntoRequest<super::UnloadModelRequest>,
+        ) -> std::result::Result<
+            tonic::Response<super::UnloadModelResponse>,
+            tonic::Status,
+        > {
+            self.inner
+                .ready()
+                .await
+                .map_err(|e| {
+                    tonic::Status::unknown(
+                        format!("Service was not ready: {}", e.into()),
+                    )
+                })?;
+            let codec = tonic_prost::ProstCodec::default();
+            let path = http::uri::PathAndQuery::from_static(
+                "/weightcast.v1.JobService/UnloadModel",
+            );
+            let mut req = request.into_request();
+            req.extensions_mut()
+                .insert(GrpcMethod::new("weightcast.v1.JobService", "UnloadModel"));
+            self.inner.unary(req, path, codec).await
+        }
         /// Ends the job in an orderly way.
         pub async fn drain(
             &mut self,
@@ -1551,6 +1611,14 @@ pub mod job_service_server {
             request: tonic::Request<super::SaveCheckpointRequest>,
         ) -> std::result::Result<
             tonic::Response<super::SaveCheckpointResponse>,
+            tonic::Status,
+        >;
+        /// Has all ranks of a job that holds let go one of the models beside its own.
+        async fn unload_model(
+            &self,
+            request: tonic::Request<super::UnloadModelRequest>,
+        ) -> std::result::Result<
+            tonic::Response<super::UnloadModelResponse>,
             tonic::Status,
         >;
         /// Ends the job in an orderly way.
@@ -1719,6 +1787,51 @@ pub mod job_service_server {
                     let inner = self.inner.clone();
                     let fut = async move {
                         let method = SaveCheckpointSvc(inner);
+                        let codec = tonic_prost::ProstCodec::default();
+                        let mut grpc = tonic::server::Grpc::new(codec)
+                            .apply_compression_config(
+                                accept_compression_encodings,
+                                send_compression_encodings,
+                            )
+                            .apply_max_message_size_config(
+                                max_decoding_message_size,
+                                max_encoding_message_size,
+                            );
+                        let res = grpc.unary(method, req).await;
+                        Ok(res)
+                    };
+                    Box::pin(fut)
+                }
+                "/weightcast.v1.JobService/UnloadModel" => {
+                    #[allow(non_camel_case_types)]
+                    struct UnloadModelSvc<T: JobService>(pub Arc<T>);
+                    impl<
+                        T: JobService,
+                    > tonic::server::UnaryService<super::UnloadModelRequest>
+                    for UnloadModelSvc<T> {
+                        type Response = super::UnloadModelResponse;
+                        type Future = BoxFuture<
+                            tonic::Response<Self::Response>,
+                            tonic::Status,
+                        >;
+                        fn call(
+                            &mut self,
+                            request: tonic::Request<super::UnloadModelRequest>,
+                        ) -> Self::Future {
+                            let inner = Arc::clone(&self.0);
+                            let fut = async move {
+                                <T as JobService>::unload_model(&inner, request).await
+                            };
+                            Box::pin(fut)
+                        }
+                    }
+                    let accept_compression_encodings = self.accept_compression_encodings;
+                    let send_compression_encodings = self.send_compression_encodings;
+                    let max_decoding_message_size = self.max_decoding_message_size;
+                    let max_encoding_message_size = self.max_encoding_message_size;
+                    let inner = self.inner.clone();
+                    let fut = async move {
+                        let method = UnloadModelSvc(inner);
                         let codec = tonic_prost::ProstCodec::default();
                         let mut grpc = tonic::server::Grpc::new(codec)
                             .apply_compression_config(
