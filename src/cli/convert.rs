@@ -38,7 +38,8 @@ directory, and nothing that is in it is run.
   weightcast model convert HuggingFaceTB/SmolLM2-135M --to bnb-nf4 --double --output smollm2-nf4
   weightcast model convert HuggingFaceTB/SmolLM2-135M --to gguf --type q4_k_m --output smollm2-q4_k_m.gguf
 
-A conversion that was interrupted leaves .NAME.part beside the output; the same command goes on with it, file by file.")]
+A conversion that was interrupted leaves .NAME.part beside the output; the same command goes on with it, file by file, and makes
+a GGUF file anew.")]
 pub struct ConvertFlags {
     /// Model directory, GGUF file or hub id; without --to the checkpoint that torch.save wrote
     model: String,

@@ -15,7 +15,7 @@ mod write;
 use std::collections::{BTreeMap, BTreeSet};
 
 pub use copy::raw_values;
-pub use names::ROPE_FACTORS;
+pub use names::{LLAMA3_KEYS, LLAMA3_LENGTH, ROPE_FACTORS};
 pub use tensor_names::{LlamaCppName, llama_cpp_name};
 pub use write::{HeaderValue, NewFileLayout, NewTensor, layout};
 

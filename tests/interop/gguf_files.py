@@ -196,12 +196,13 @@ def families(binary, work, case, ours):
             case(f"written {name}: our logits", relative(ours(file), expected), 1e-3)
 
 
-def scaled_frequencies(binary, work, case):
+def scaled_frequencies(binary, work, case, ours):
     """llama3's factors against llama.cpp's formula, and YaRN's keys."""
     scaling = {"rope_type": "llama3", "rope_theta": 500000.0, "factor": 8.0, "low_freq_factor": 1.0, "high_freq_factor": 4.0,
                "original_max_position_embeddings": 8192}
-    random_model("llama", dict(rope_parameters=scaling, head_dim=64), work / "llama3")
-    reader = convert(binary, work / "llama3", work / "llama3.gguf", "f16")
+    model = random_model("llama", dict(rope_parameters=scaling, head_dim=64), work / "llama3")
+    reader = convert(binary, work / "llama3", work / "llama3.gguf", "f32")
+    case("written llama3: our logits", relative(ours(work / "llama3.gguf"), logits(model)), 1e-3)
     found = {tensor.name: tensor.data for tensor in reader.tensors}["rope_freqs.weight"]
     expected = []
     for index in range(0, 64, 2):
@@ -283,5 +284,5 @@ def written(binary, directory, work, case, ours):
     work.mkdir(parents=True, exist_ok=True)
     tiny_llama(binary, directory, work, case)
     families(binary, work, case, ours)
-    scaled_frequencies(binary, work, case)
+    scaled_frequencies(binary, work, case, ours)
     tokenizers_of(binary, directory.parent / "devils-dictionary.jsonl", work, case)

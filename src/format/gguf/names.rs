@@ -16,6 +16,16 @@ const SHARED_GATE: &str = ".ffn_gate_inp_shexp.";
 /// Divisors of the rotary frequencies, computed by the converter from config.json; no parameter.
 pub const ROPE_FACTORS: &str = "rope_freqs.weight";
 
+/// What those divisors are made of, in files that we write: `factor`, `low_freq_factor`, `high_freq_factor`.
+pub const LLAMA3_KEYS: [&str; 3] = [
+    "weightcast.rope.llama3.factor",
+    "weightcast.rope.llama3.low_freq_factor",
+    "weightcast.rope.llama3.high_freq_factor",
+];
+
+/// `original_max_position_embeddings`, likewise.
+pub const LLAMA3_LENGTH: &str = "weightcast.rope.llama3.original_max_position_embeddings";
+
 /// A family as both name it: llama.cpp, the class and the type in config.json.
 #[derive(Clone, Copy, Debug)]
 struct Family {
@@ -240,12 +250,12 @@ impl Figures<'_> {
 
     /// `rope_parameters`. What cannot be said in it must not be lost silently: training would go on with wrong positions.
     fn rope(&self) -> Result<Json, FormatError> {
-        if self.gguf.tensor(ROPE_FACTORS).is_some() {
-            return Err(
-                self.error(format!("{ROPE_FACTORS} scales the rotary frequencies: the model's config.json is needed"))
-            );
-        }
         let theta = self.number("rope.freq_base").unwrap_or(self.family.theta);
+        if self.gguf.tensor(ROPE_FACTORS).is_some() {
+            return self.llama3(theta).ok_or_else(|| {
+                self.error(format!("{ROPE_FACTORS} scales the rotary frequencies: the model's config.json is needed"))
+            });
+        }
         let head_dim = self.head_dim()?;
         let rotated = self.optional("rope.dimension_count")?.unwrap_or(head_dim);
         if rotated != head_dim {
@@ -270,6 +280,20 @@ impl Figures<'_> {
                 Err(self.error(format!("rope.scaling: expected none, linear or yarn with a factor, found {found}")))
             }
         }
+    }
+}
+
+impl Figures<'_> {
+    /// Llama 3's scaling, where the file is one of ours.
+    fn llama3(&self, theta: f64) -> Option<Json> {
+        let number = |key: &str| match self.gguf.values.get(key) {
+            Some(&Value::Float(number)) => Some(number),
+            _ => None,
+        };
+        let [factor, low, high] = LLAMA3_KEYS;
+        let Some(&Value::Unsigned(original)) = self.gguf.values.get(LLAMA3_LENGTH) else { return None };
+        Some(json!({"factor": number(factor)?, "high_freq_factor": number(high)?, "low_freq_factor": number(low)?,
+            "original_max_position_embeddings": original, "rope_theta": theta, "rope_type": "llama3"}))
     }
 }
 

@@ -4,7 +4,7 @@
 //! Owns: which models llama.cpp computes as transformers does, and the refusal of the others. Refuses to know: tokenizers.
 
 use crate::app::convert::ConvertError;
-use crate::format::gguf::HeaderValue;
+use crate::format::gguf::{HeaderValue, LLAMA3_KEYS, LLAMA3_LENGTH};
 use crate::model::{Architecture, AttentionBias, Experts, ModelConfig, ModelHead, RopeParameters, RopeScaling, Yarn};
 use crate::types::as_f64;
 
@@ -129,8 +129,16 @@ impl Keys<'_> {
         self.size("rope.dimension_count", rope.dim)?;
         self.number("rope.freq_base", rope.theta);
         match &rope.scaling {
-            // llama3's factors are a tensor.
-            RopeScaling::Default | RopeScaling::Llama3 { .. } => Ok(()),
+            RopeScaling::Default => Ok(()),
+            // Its divisors are a tensor. llama.cpp asks for no more; these keys are for us.
+            RopeScaling::Llama3 { factor, low_freq_factor, high_freq_factor, original_max_position_embeddings } => {
+                let numbers = [*factor, *low_freq_factor, *high_freq_factor];
+                let keys = LLAMA3_KEYS.into_iter().zip(numbers);
+                self.list.extend(keys.map(|(key, number)| (key.to_owned(), HeaderValue::F32(narrow(number)))));
+                let length = u32::try_from(*original_max_position_embeddings).unwrap_or(u32::MAX);
+                self.list.push((LLAMA3_LENGTH.to_owned(), HeaderValue::U32(length)));
+                Ok(())
+            }
             RopeScaling::Dynamic { .. } => {
                 tracing::warn!("{}: llama.cpp does not stretch dynamically beyond the trained length", self.model);
                 Ok(())
@@ -269,6 +277,11 @@ mod tests {
             "high_freq_factor":4.0,"original_max_position_embeddings":8192}"#,
         );
         assert_eq!(rope_factors(&scaled), Some(vec![1.0, 1.0, 8.0, 8.0]));
+        let keys = keys(("m", "name"), &scaled, 0).expect("Llama 3");
+        let own: Vec<_> =
+            keys.into_iter().filter(|(key, _)| key.starts_with("weightcast.")).map(|(_, value)| value).collect();
+        let number = HeaderValue::F32;
+        assert_eq!(own, [number(8.0), number(1.0), number(4.0), HeaderValue::U32(8192)]);
         assert_eq!(rope_factors(&config("")), None);
     }
 }

@@ -210,7 +210,7 @@ mod tests {
         let slot = Slot { tensor: 0, offset: 100, row_bytes: 2, row_order, transposed: None };
         let bytes: Vec<u8> = (0..16).collect();
         for piece in [1, 3, 5, 16] {
-            let mut found = vec![0xff; 116];
+            let mut found = [0xff; 116];
             for (number, part) in bytes.chunks(piece).enumerate() {
                 let at = as_u64(number * piece);
                 let mut write = |offset: u64, bytes: &[u8]| {

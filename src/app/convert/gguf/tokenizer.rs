@@ -163,7 +163,13 @@ impl Files {
         for (key, name, first) in [("add_bos_token", "bos", true), ("add_eos_token", "eos", false)] {
             add(&format!("ggml.{key}"), HeaderValue::Bool(self.adds(key, name, first)));
         }
-        for (key, template) in self.templates() {
+        let templates = self.templates();
+        let named = templates.iter().filter_map(|(key, _)| key.strip_prefix("chat_template.").map(str::to_owned));
+        let named: Vec<String> = named.collect();
+        if !named.is_empty() {
+            add("chat_templates", HeaderValue::Texts(named));
+        }
+        for (key, template) in templates {
             add(&key, HeaderValue::Text(template));
         }
         add("ggml.token_type", HeaderValue::I32s(tokens.iter().map(|(_, kind)| *kind as i32).collect()));

@@ -82,5 +82,6 @@ fn merges_with_bytes_to_fall_back_on() {
     assert_eq!(value(&keys, "ggml.add_space_prefix"), Some(HeaderValue::Bool(true)));
     assert_eq!(value(&keys, "ggml.add_bos_token"), Some(HeaderValue::Bool(true)));
     assert_eq!(value(&keys, "chat_template"), Some(HeaderValue::Text("d".to_owned())));
+    assert_eq!(value(&keys, "chat_templates"), texts(&["tool_use"]));
     assert_eq!(value(&keys, "chat_template.tool_use"), Some(HeaderValue::Text("t".to_owned())));
 }

@@ -112,7 +112,7 @@ impl GgufType {
     /// The type of a matrix other than the head, whatever its rows.
     fn of_layer(self, module: &str, layer: Option<u32>, model: Traits) -> GgmlType {
         let mix = self.mix();
-        let sensitive = || layer.map_or(mix.base(), |layer| mix.sensitive_type(layer, model.layers));
+        let sensitive = || layer.map_or_else(|| mix.base(), |layer| mix.sensitive_type(layer, model.layers));
         let part = module.rsplit('.').next().unwrap_or(module);
         match part {
             // Mixtral's attention is small beside its experts.
