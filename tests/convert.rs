@@ -126,6 +126,113 @@ fn an_interrupted_conversion_goes_on() {
     }
 }
 
+fn gguf(place: &Place, model: &str, output: &str, file_type: &str) -> String {
+    let written = convert(place, model, output, &["--to", "gguf", "--type", file_type]);
+    let path = place.path(output);
+    assert_eq!(written["output"], path.as_str());
+    path
+}
+
+/// As f32 every tensor comes back bit by bit, under its name and with its rows in order; and what is made of the file is what
+/// is made of the model itself, tokenizer and all.
+#[test]
+fn a_gguf_file_is_the_model_again() {
+    let place = Place::new();
+    let plain = gguf(&place, MODEL, "tiny-llama.gguf", "f32");
+    let hf = ["--to", "hf", "--dtype", "float32"];
+    for (model, output) in [(MODEL, "direct"), (plain.as_str(), "again")] {
+        convert(&place, model, output, &hf);
+    }
+    let weights = |name: &str| files(&place.path(name)).remove("model.safetensors").expect("weights");
+    assert!(weights("direct") == weights("again"), "other tensors");
+    for file_type in ["q8_0", "q4_k_m"] {
+        let [direct, again] = [("direct", MODEL), ("again", &plain)].map(|(name, model)| {
+            let path = gguf(&place, model, &format!("{name}-{file_type}.gguf"), file_type);
+            std::fs::read(path).expect("a file")
+        });
+        assert!(direct == again, "{file_type}: other bytes");
+    }
+    // A directory gets a file named after model and type.
+    let written = convert(&place, MODEL, "directory", &["--to", "gguf", "--type", "bf16"]);
+    assert_eq!(written["output"], place.path("directory/tiny-llama-BF16.gguf").as_str());
+}
+
+/// The blocks of the layers are those of a job that quantizes, whatever order their rows have in the file.
+#[test]
+fn a_gguf_file_has_the_blocks_of_a_job() {
+    let place = Place::new();
+    let digests = |model: &str, flags: &[&str]| {
+        let mut arguments = vec!["launch", "--model", model, "--nproc-per-node", "2", "--digests", "--json"];
+        arguments.extend(flags);
+        let ended = place.run(&arguments);
+        assert_eq!(ended.code, Some(0), "{}", ended.stderr);
+        let report: Value = serde_json::from_str(&ended.stdout).expect("JSON");
+        let digests = report["digests"].as_object().expect("digests").clone();
+        digests.into_iter().filter(|(name, _)| name.contains("_proj")).collect::<BTreeMap<_, _>>()
+    };
+    for file_type in ["q8_0", "q4_k_m", "q5_k_m"] {
+        let file = gguf(&place, MODEL, &format!("{file_type}.gguf"), file_type);
+        let found = digests(&file, &[]);
+        assert_eq!(found.len(), 42, "seven matrices in six layers");
+        assert_eq!(found, digests(MODEL, &["--quantize", file_type]), "{file_type}");
+    }
+    place.expect_no_process();
+}
+
+#[test]
+fn an_interrupted_gguf_file_is_made_anew() {
+    let place = Place::new();
+    let expected = std::fs::read(gguf(&place, MODEL, "whole.gguf", "q4_k_m")).expect("a file");
+    let faults = [("convert.piece", 1), ("convert.piece", 20), ("store.finish", 1), ("convert.written", 1)];
+    for (number, (point, nth)) in faults.into_iter().enumerate() {
+        let (name, fault) =
+            (format!("killed-{number}.gguf"), format!("kill=convert:{point}:{nth}:{}", place.path("stamp")));
+        let output = place.path(&name);
+        let mut command =
+            place.command(&["model", "convert", MODEL, "--to", "gguf", "--type", "q4_k_m", "--output", &output]);
+        command.env("WEIGHTCAST_FAULTS", &fault);
+        let killed = place.start_command(command).wait();
+        assert_eq!(killed.code, None, "{fault}: {}", killed.stderr);
+        assert!(!std::path::Path::new(&output).exists(), "{fault}: half a file is not seen");
+        gguf(&place, MODEL, &name, "q4_k_m");
+        assert!(std::fs::read(&output).expect("a file") == expected, "{fault}: other bytes");
+        let left = place.path(&format!(".{name}.part"));
+        assert!(!std::path::Path::new(&left).exists(), "{fault}: {left} was left");
+    }
+}
+
+#[test]
+fn what_no_gguf_file_holds_is_refused() {
+    let place = Place::new();
+    let file = gguf(&place, MODEL, "m.gguf", "f16");
+    let refused = |model: &str, flags: &[&str]| {
+        let output = place.path("refused.gguf");
+        let mut arguments = vec!["model", "convert", model, "--output", &output];
+        arguments.extend(flags);
+        let ended = place.run(&arguments);
+        assert!(!std::path::Path::new(&output).exists(), "{flags:?}: a file was written");
+        (ended.code, ended.stderr)
+    };
+    let (code, said) = refused(MODEL, &["--to", "gguf", "--bits", "3"]);
+    assert_eq!(code, Some(78), "{said}");
+    assert!(said.contains("--bits: expected nothing, because the format is gguf"), "{said}");
+    let (code, said) = refused(MODEL, &["--to", "mlx", "--type", "q8_0"]);
+    assert_eq!(code, Some(78), "{said}");
+    let there = place.run(&["model", "convert", MODEL, "--to", "gguf", "--output", &file]);
+    assert_eq!(there.code, Some(78), "{}", there.stderr);
+    // A model whose activation llama.cpp does not compute.
+    let odd = place.path("odd");
+    std::fs::create_dir(&odd).expect("a directory");
+    for (name, bytes) in files(MODEL) {
+        let text = String::from_utf8_lossy(&bytes).into_owned();
+        let bytes = if name == "config.json" { text.replace("\"silu\"", "\"gelu\"").into_bytes() } else { bytes };
+        std::fs::write(format!("{odd}/{name}"), bytes).expect("written");
+    }
+    let (code, said) = refused(&odd, &["--to", "gguf"]);
+    assert_eq!(code, Some(65), "{said}");
+    assert!(said.contains("hidden_act: expected silu, which llama.cpp has; found gelu"), "{said}");
+}
+
 #[test]
 fn quality_is_a_table() {
     let place = Place::new();

@@ -36,7 +36,9 @@ pub use adapter_export::{ExportError, Exported, export_adapter};
 pub use adapter_figure::{QuantizationFigure, recipe_code};
 pub use adapter_merge::{DEFAULT_SHARD_BYTES, MergeError, MergeRequest, Merged, merge_adapter};
 pub use adapter_source::{AdapterSource, AdapterSourceError};
-pub use convert::{ConvertError, ConvertRequest, ConvertedModel, convert_model};
+pub use convert::{
+    ConvertError, ConvertRequest, ConvertedModel, GgufRequest, GgufType, WrittenGguf, convert_model, convert_to_gguf,
+};
 pub use coordinate::{CoordinateError, Coordinated, CoordinatorPlace, coordinate};
 pub use forward::{ForwardError, ForwardRequest, Forwarded, forward};
 pub use join::{CoordinatorAddress, join};

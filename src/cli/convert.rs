@@ -6,8 +6,10 @@ use clap::{Args, ValueEnum};
 use serde_json::json;
 
 use super::output::{bytes, data, fail, json as print_json};
-use crate::app::{ConvertRequest, DEFAULT_SHARD_BYTES, convert_ckpt, convert_model};
-use crate::config::{QuantizationConfig, QuantizationFormat};
+use crate::app::{
+    ConvertRequest, DEFAULT_SHARD_BYTES, GgufRequest, GgufType, convert_ckpt, convert_model, convert_to_gguf,
+};
+use crate::config::{ConfigError, QuantizationConfig, QuantizationFormat};
 use crate::types::DType;
 
 /// What is written.
@@ -23,6 +25,8 @@ pub(super) enum Target {
     Hqq,
     /// MLX's affine groups
     Mlx,
+    /// One file for llama.cpp
+    Gguf,
 }
 
 /// `weightcast model convert`
@@ -32,16 +36,22 @@ With --to, a model becomes another one with the same weights in another format; 
 directory, and nothing that is in it is run.
 
   weightcast model convert HuggingFaceTB/SmolLM2-135M --to bnb-nf4 --double --output smollm2-nf4
+  weightcast model convert HuggingFaceTB/SmolLM2-135M --to gguf --type q4_k_m --output smollm2-q4_k_m.gguf
 
-A conversion that was interrupted leaves .NAME.part beside the output; the same command goes on with it, file by file.")]
+A conversion that was interrupted leaves .NAME.part beside the output; the same command goes on with it, file by file, and makes
+a GGUF file anew.")]
 pub struct ConvertFlags {
     /// Model directory, GGUF file or hub id; without --to the checkpoint that torch.save wrote
     model: String,
     /// The format to write
     #[arg(long, value_enum, value_name = "FORMAT")]
     to: Option<Target>,
-    /// Where to write it; without --to a directory named {architecture}-{size}-{dataset}-{training_type}[-{version}]
-    #[arg(long, value_name = "DIR")]
+    /// What most matrices of a GGUF file become, q4_k_m by default; the others as llama.cpp chooses them
+    #[arg(long = "type", value_enum, value_name = "TYPE", requires = "to")]
+    file_type: Option<GgufType>,
+    /// Where to write it: a directory, or FILE.gguf (gguf); without --to a directory named
+    /// {architecture}-{size}-{dataset}-{training_type}[-{version}]
+    #[arg(long, value_name = "PATH")]
     output: PathBuf,
     /// Quantize the statistics too (bnb-nf4)
     #[arg(long, requires = "to")]
@@ -75,7 +85,7 @@ pub struct ConvertFlags {
 impl ConvertFlags {
     fn quantization(&self, target: Target) -> QuantizationConfig {
         let format = match target {
-            Target::Hf => QuantizationFormat::None,
+            Target::Hf | Target::Gguf => QuantizationFormat::None,
             Target::BnbNf4 => QuantizationFormat::Nf4,
             Target::BnbInt8 => QuantizationFormat::Int8,
             Target::Hqq => QuantizationFormat::Hqq,
@@ -95,7 +105,15 @@ impl ConvertFlags {
 
 pub(super) fn run(flags: &ConvertFlags) -> u8 {
     super::arm_faults("convert");
-    let Some(target) = flags.to else { return from_ckpt(flags) };
+    let target = match flags.to {
+        None => return from_ckpt(flags),
+        Some(Target::Gguf) => return to_gguf(flags),
+        Some(target) => target,
+    };
+    if let Some(file_type) = flags.file_type {
+        let (expected, found) = ("nothing; it is for gguf", file_type.name().to_owned());
+        return fail(&ConfigError::Value { key: "--type", expected, found });
+    }
     let request = ConvertRequest {
         model: flags.model.clone(),
         quantization: flags.quantization(target),
@@ -119,6 +137,42 @@ pub(super) fn run(flags: &ConvertFlags) -> u8 {
         };
         let (size, files) = (bytes(converted.bytes), converted.files);
         data(&format!("{}: {size} in {files} file{}{kept}", flags.output.display(), if files == 1 { "" } else { "s" }));
+    }
+    0
+}
+
+impl ConvertFlags {
+    /// The first flag given that a GGUF file's type decides.
+    fn not_for_gguf(&self) -> Option<(&'static str, String)> {
+        let text = |value: &dyn std::fmt::Display| value.to_string();
+        let skipped = (!self.skip.is_empty()).then(|| ("--skip", self.skip.join(", ")));
+        let double = self.double.then(|| ("--double", "it".to_owned()));
+        let bits = self.bits.map(|bits| ("--bits", text(&bits)));
+        let block = self.block.map(|block| ("--block", text(&block)));
+        let axis = self.axis.map(|axis| ("--axis", text(&axis)));
+        let dtype = self.dtype.map(|dtype| ("--dtype", text(&dtype)));
+        double.or(bits).or(block).or(axis).or(skipped).or(dtype)
+    }
+}
+
+fn to_gguf(flags: &ConvertFlags) -> u8 {
+    if let Some((key, found)) = flags.not_for_gguf() {
+        let expected = "nothing, because the format is gguf; --type says all";
+        return fail(&ConfigError::Value { key, expected, found });
+    }
+    let request = GgufRequest {
+        model: flags.model.clone(),
+        file_type: flags.file_type.unwrap_or(GgufType::Q4KM),
+        output: flags.output.clone(),
+    };
+    let written = match convert_to_gguf(&request, &super::output::download) {
+        Ok(written) => written,
+        Err(error) => return fail(&error),
+    };
+    if flags.json {
+        print_json(&json!({"output": written.path, "bytes": written.bytes, "tensors": written.tensors, "files": 1}));
+    } else {
+        data(&format!("{}: {} in {} tensors", written.path.display(), bytes(written.bytes), written.tensors));
     }
     0
 }

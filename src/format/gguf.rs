@@ -1,14 +1,23 @@
 //! The header of a GGUF file, versions 2 and 3, little-endian (the format's description stands in ggml, docs/gguf.md).
 //!
-//! Owns: the parser with its limits, and in `names` the way from llama.cpp's names to Hugging Face's.
+//! Owns: the parser with its limits, in `names` the way from llama.cpp's keys to Hugging Face's, in `tensor_names` that of
+//! names in both directions, and in `write` the header of a new file.
 //! Refuses to know: how the file is read, and what blocks decode to.
 //!
 //! `GG-1`: nothing is allocated by a count that the file gives; memory grows with the bytes that are really there.
 //! `GG-2`: tensors lie one after the other in the file, each at the next aligned byte, and none leaves the file.
 
+mod copy;
 mod names;
+mod tensor_names;
+mod write;
 
 use std::collections::{BTreeMap, BTreeSet};
+
+pub use copy::raw_values;
+pub use names::{LLAMA3_KEYS, LLAMA3_LENGTH, ROPE_FACTORS};
+pub use tensor_names::{LlamaCppName, llama_cpp_name};
+pub use write::{HeaderValue, NewFileLayout, NewTensor, layout};
 
 use super::{FormatError, GgmlType, ModelIndex};
 use crate::types::{ByteRange, as_u64, as_usize};

@@ -28,24 +28,44 @@ impl GgmlMix {
     /// size.
     #[must_use]
     pub fn ggml_type(self, fqn: &Fqn, columns: u64, layers: u32) -> Option<GgmlType> {
-        let (base, more) = match self {
-            Self::Pure(ggml_type) => (ggml_type, ggml_type),
-            Self::Q4KM => (GgmlType::Q4_K, GgmlType::Q6_K),
-            Self::Q5KM => (GgmlType::Q5_K, GgmlType::Q6_K),
-        };
         let name = fqn.as_str();
         // The last matrix of the MLP is w2 in Mixtral's experts.
         let sensitive = ["v_proj", "down_proj", ".w2."].into_iter().any(|part| name.contains(part));
         let wanted = match fqn.layer() {
-            Some(layer) if sensitive && more_bits(layer, layers) => more,
-            _ => base,
+            Some(layer) if sensitive => self.sensitive_type(layer, layers),
+            _ => self.base(),
         };
-        let fits = |ggml_type: &GgmlType| columns > 0 && columns.is_multiple_of(ggml_type.block_elements());
-        Some(wanted).filter(fits).or_else(|| Some(stand_in(wanted)).filter(fits))
+        fitting(wanted, columns)
+    }
+
+    /// The type of most matrices.
+    #[must_use]
+    pub const fn base(self) -> GgmlType {
+        match self {
+            Self::Pure(ggml_type) => ggml_type,
+            Self::Q4KM => GgmlType::Q4_K,
+            Self::Q5KM => GgmlType::Q5_K,
+        }
+    }
+
+    /// The type of a matrix of `layer` that a mix may give more bits.
+    #[must_use]
+    pub const fn sensitive_type(self, layer: u32, layers: u32) -> GgmlType {
+        match self {
+            Self::Q4KM | Self::Q5KM if more_bits(layer, layers) => GgmlType::Q6_K,
+            _ => self.base(),
+        }
     }
 }
 
-fn more_bits(layer: u32, layers: u32) -> bool {
+/// `wanted`, or the type that stands in for it where rows of `columns` are no whole blocks; nothing where neither fits.
+#[must_use]
+pub fn fitting(wanted: GgmlType, columns: u64) -> Option<GgmlType> {
+    let fits = |ggml_type: &GgmlType| columns > 0 && columns.is_multiple_of(ggml_type.block_elements());
+    Some(wanted).filter(fits).or_else(|| Some(stand_in(wanted)).filter(fits))
+}
+
+const fn more_bits(layer: u32, layers: u32) -> bool {
     let eighth = layers / 8;
     layer < eighth || layer >= 7 * layers / 8 || (layer - eighth) % 3 == 2
 }

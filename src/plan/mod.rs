@@ -26,7 +26,7 @@ use serde::{Deserialize, Serialize};
 pub(crate) use build::assemble;
 pub use build::{LoadRequest, PlanError, Quantized, plan};
 pub use cut::Holding;
-pub use ggml_mix::GgmlMix;
+pub use ggml_mix::{GgmlMix, fitting};
 pub use memory::{
     ARENA_ALIGN_BYTES, CUDA_CONTEXT_BYTES, CUDA_HOST_BYTES, DeviceBudget, DeviceRule, MemoryBudget,
     PROCESS_OVERHEAD_BYTES, RankMemory, STAGING_BYTES, aligned,

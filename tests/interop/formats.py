@@ -8,6 +8,7 @@ again. transformers with bitsandbytes loads ours and must give the logits of its
 a step on ours; hqq's HQQLinear and MLX dequantize ours to the values that `model forward` computes with.
 read: what transformers with bitsandbytes has quantized and saved, what hqq and MLX have quantized, is read as it is: `model
 forward` gives the logits of a float model that holds the weights which the tool itself dequantizes.
+written gguf (gguf_files.py): gguf-py reads our GGUF files, with its own blocks' bytes; transformers loads them.
 interrupted: a conversion killed at some moments and started again ends with the bytes of one that was not.
 One line per case, then `N passed, N failed`.
 """
@@ -32,6 +33,8 @@ from peft import LoraConfig, get_peft_model, prepare_model_for_kbit_training
 from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM, BitsAndBytesConfig
+
+import gguf_files
 
 try:
     from hqq.core.quantize import BaseQuantizeConfig, HQQLinear
@@ -247,6 +250,17 @@ def plain_again(binary, model, work):
     case("plain again: transformers loads what bnb-nf4 stands for", relative(logits(float_model(again)), ours(binary, quantized, work / "forward")), 1e-5)
 
 
+def written_for_llama_cpp(binary, model, work):
+    def ours_of(file):
+        tokens, output = work / "gguf-tokens.safetensors", work / "gguf-logits.safetensors"
+        save_file({"input_ids": gguf_files.IDS}, tokens)
+        output.unlink(missing_ok=True)
+        run(binary, "model", "forward", "--model", file, "--input", tokens, "--output", output)
+        return load_file(output)["logits"]
+
+    gguf_files.written(binary, model, work / "gguf", case, ours_of)
+
+
 def digest(directory):
     found = hashlib.sha256()
     for path in sorted(directory.rglob("*")):
@@ -287,7 +301,7 @@ def main():
     arguments.work.mkdir(parents=True, exist_ok=True)
     torch.manual_seed(0)
     logging.disable(logging.WARNING)
-    for part in (written_for_bitsandbytes, read_from_bitsandbytes, mlx_both_ways, hqq_both_ways, plain_again, interrupted):
+    for part in (written_for_bitsandbytes, read_from_bitsandbytes, mlx_both_ways, hqq_both_ways, plain_again, written_for_llama_cpp, interrupted):
         part(arguments.binary, arguments.model, arguments.work)
     print(f"{len(PASSED)} passed, {len(FAILED)} failed")
     return 1 if FAILED else 0

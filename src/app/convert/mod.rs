@@ -6,25 +6,29 @@
 //! keeps the files that are there and makes the others, and every byte is a function of the model and the request.
 
 mod config;
+mod error;
+mod gguf;
 mod layout;
 
 use std::path::{Path, PathBuf};
 
 use serde_json::{Value, json};
 
+pub use self::error::ConvertError;
+pub use self::gguf::{GgufRequest, GgufType, WrittenGguf, convert_to_gguf};
 use self::layout::{OutputFile, layout};
 use super::companions::copy_companions;
 use super::model_directory_error::DirectoryError;
 use super::model_export::pretty;
-use super::source::{ModelSource, SourceError, open_model};
-use crate::config::{ConfigError, JobConfig, QuantizationConfig, QuantizationFormat};
-use crate::error::{Classify, Kind};
+use super::source::{ModelSource, open_model};
+use crate::config::{JobConfig, QuantizationConfig, QuantizationFormat};
+use crate::error::{Classify as _, Kind};
 use crate::format::Encoding as SourceEncoding;
 use crate::hub::Progress;
-use crate::load::{LoadError, LoadOptions, stream};
+use crate::load::{LoadOptions, stream};
 use crate::manifest::extras;
 use crate::plan::{
-    DTypeRule, DeviceRule, LoadPlan, LoadRequest, Part, Placement, PlanError, Quantized, Strategy, plan,
+    DTypeRule, DeviceRule, LoadPlan, LoadRequest, Part, Placement, QuantizationRule, Quantized, Strategy, plan,
 };
 use crate::store::{LocalStore, NewFile, Store, StoreError, open_root, read_small, write_small};
 use crate::types::{DType, Rank, WorldSize, as_u64, f32Bits};
@@ -56,50 +60,6 @@ pub struct ConvertedModel {
     pub files: usize,
     /// Files that an earlier, interrupted conversion had finished.
     pub kept_files: usize,
-}
-
-/// Why a model is not converted.
-#[derive(Debug, thiserror::Error)]
-#[non_exhaustive]
-pub enum ConvertError {
-    /// The model cannot be opened.
-    #[error(transparent)]
-    Source(#[from] SourceError),
-    /// The request does not hold.
-    #[error(transparent)]
-    Config(#[from] ConfigError),
-    /// There is no plan.
-    #[error(transparent)]
-    Plan(#[from] PlanError),
-    /// Reading or quantizing failed.
-    #[error(transparent)]
-    Load(#[from] LoadError),
-    /// Storage failed.
-    #[error(transparent)]
-    Store(#[from] StoreError),
-    /// The output is there already.
-    #[error(transparent)]
-    Directory(#[from] DirectoryError),
-    /// The format needs a configuration that the model does not have.
-    #[error("{model}: expected a config.json, found none")]
-    NoConfig {
-        /// The model.
-        model: String,
-    },
-}
-
-impl Classify for ConvertError {
-    fn kind(&self) -> Kind {
-        match self {
-            Self::Source(source) => source.kind(),
-            Self::Config(source) => source.kind(),
-            Self::Plan(source) => source.kind(),
-            Self::Load(source) => source.kind(),
-            Self::Store(source) => source.kind(),
-            Self::Directory(source) => source.kind(),
-            Self::NoConfig { .. } => Kind::NotFound,
-        }
-    }
 }
 
 /// Converts a model.
@@ -154,15 +114,26 @@ fn split(output: &Path) -> (PathBuf, String) {
 fn make_plan(request: &ConvertRequest, source: &ModelSource) -> Result<LoadPlan, ConvertError> {
     let quantized = source.index.tensors.values().any(|entry| entry.encoding != SourceEncoding::Plain);
     let dtype = request.dtype.or_else(|| quantized.then_some(DType::BF16));
+    let dtype = dtype.map_or(DTypeRule::Keep, DTypeRule::Convert);
+    plan_of(&request.model, source, dtype, request.quantization.rule()?)
+}
+
+/// The plan of one process that reads a model and makes of every tensor, quantized or not, what the rules say.
+fn plan_of(
+    model: &str,
+    source: &ModelSource,
+    dtype: DTypeRule,
+    quantization: QuantizationRule,
+) -> Result<LoadPlan, ConvertError> {
     let load = LoadRequest {
-        model: request.model.clone(),
+        model: model.to_owned(),
         root: source.root.display().to_string(),
         config_json: None,
         world: WorldSize::ONE,
         strategy: Strategy::LowMemory,
         placement: Placement::Replicate,
-        dtype: dtype.map_or(DTypeRule::Keep, DTypeRule::Convert),
-        quantization: request.quantization.rule()?,
+        dtype,
+        quantization,
         quantized: Quantized::Redo,
         chunking: JobConfig::default().chunking()?,
         digests: false,

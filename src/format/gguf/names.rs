@@ -1,47 +1,30 @@
-//! From llama.cpp's names and keys to Hugging Face's, for the families whose skeleton we know.
+//! From llama.cpp's keys and tensors to Hugging Face's, for the families whose skeleton we know.
 //! Source: llama.cpp's `convert_hf_to_gguf` and gguf-py's `constants` (tensor names and keys).
 
 use std::collections::BTreeMap;
 
 use serde_json::{Value as Json, json};
 
+use super::tensor_names::hugging_face_name;
 use super::{Gguf, Tensor, Value};
 use crate::format::{Encoding, FileEntry, FormatError, GgmlTensor, GgmlType, ModelIndex, RowOrder, TensorEntry};
-use crate::types::{DType, Fqn, Shape};
-
-/// Tensors outside the layers, without `.weight`.
-const GLOBAL: [(&str, &str); 3] =
-    [("token_embd", "model.embed_tokens"), ("output_norm", "model.norm"), ("output", "lm_head")];
-
-/// Modules of a layer. Those of experts hold all experts of the layer.
-const LAYER: [(&str, &str); 20] = [
-    ("attn_norm", "input_layernorm"),
-    ("attn_q", "self_attn.q_proj"),
-    ("attn_k", "self_attn.k_proj"),
-    ("attn_v", "self_attn.v_proj"),
-    ("attn_output", "self_attn.o_proj"),
-    ("attn_q_norm", "self_attn.q_norm"),
-    ("attn_k_norm", "self_attn.k_norm"),
-    ("ffn_norm", "post_attention_layernorm"),
-    ("ffn_gate", "mlp.gate_proj"),
-    ("ffn_up", "mlp.up_proj"),
-    ("ffn_down", "mlp.down_proj"),
-    ("ffn_gate_inp", "mlp.gate"),
-    ("ffn_gate_exps", "mlp.experts.gate_proj"),
-    ("ffn_up_exps", "mlp.experts.up_proj"),
-    ("ffn_gate_up_exps", "mlp.experts.gate_up_proj"),
-    ("ffn_down_exps", "mlp.experts.down_proj"),
-    ("ffn_gate_shexp", "mlp.shared_expert.gate_proj"),
-    ("ffn_up_shexp", "mlp.shared_expert.up_proj"),
-    ("ffn_down_shexp", "mlp.shared_expert.down_proj"),
-    ("ffn_gate_inp_shexp", "mlp.shared_expert_gate"),
-];
+use crate::types::{DType, Shape};
 
 /// Hugging Face has it as a matrix of one row, llama.cpp as a vector.
 const SHARED_GATE: &str = ".ffn_gate_inp_shexp.";
 
 /// Divisors of the rotary frequencies, computed by the converter from config.json; no parameter.
-const ROPE_FACTORS: &str = "rope_freqs.weight";
+pub const ROPE_FACTORS: &str = "rope_freqs.weight";
+
+/// What those divisors are made of, in files that we write: `factor`, `low_freq_factor`, `high_freq_factor`.
+pub const LLAMA3_KEYS: [&str; 3] = [
+    "weightcast.rope.llama3.factor",
+    "weightcast.rope.llama3.low_freq_factor",
+    "weightcast.rope.llama3.high_freq_factor",
+];
+
+/// `original_max_position_embeddings`, likewise.
+pub const LLAMA3_LENGTH: &str = "weightcast.rope.llama3.original_max_position_embeddings";
 
 /// A family as both name it: llama.cpp, the class and the type in config.json.
 #[derive(Clone, Copy, Debug)]
@@ -267,12 +250,12 @@ impl Figures<'_> {
 
     /// `rope_parameters`. What cannot be said in it must not be lost silently: training would go on with wrong positions.
     fn rope(&self) -> Result<Json, FormatError> {
-        if self.gguf.tensor(ROPE_FACTORS).is_some() {
-            return Err(
-                self.error(format!("{ROPE_FACTORS} scales the rotary frequencies: the model's config.json is needed"))
-            );
-        }
         let theta = self.number("rope.freq_base").unwrap_or(self.family.theta);
+        if self.gguf.tensor(ROPE_FACTORS).is_some() {
+            return self.llama3(theta).ok_or_else(|| {
+                self.error(format!("{ROPE_FACTORS} scales the rotary frequencies: the model's config.json is needed"))
+            });
+        }
         let head_dim = self.head_dim()?;
         let rotated = self.optional("rope.dimension_count")?.unwrap_or(head_dim);
         if rotated != head_dim {
@@ -289,13 +272,28 @@ impl Figures<'_> {
             ("linear", Some(factor)) => Ok(json!({"factor": factor, "rope_theta": theta, "rope_type": "linear"})),
             ("yarn", Some(factor)) => {
                 let original = self.size("rope.scaling.original_context_length")?;
-                Ok(json!({"factor": factor, "original_max_position_embeddings": original,
-                    "rope_theta": theta, "rope_type": "yarn"}))
+                let beta = |name, default| self.number(&format!("rope.scaling.yarn_beta_{name}")).unwrap_or(default);
+                Ok(json!({"beta_fast": beta("fast", 32.0), "beta_slow": beta("slow", 1.0), "factor": factor,
+                    "original_max_position_embeddings": original, "rope_theta": theta, "rope_type": "yarn"}))
             }
             (found, _) => {
                 Err(self.error(format!("rope.scaling: expected none, linear or yarn with a factor, found {found}")))
             }
         }
+    }
+}
+
+impl Figures<'_> {
+    /// Llama 3's scaling, where the file is one of ours.
+    fn llama3(&self, theta: f64) -> Option<Json> {
+        let number = |key: &str| match self.gguf.values.get(key) {
+            Some(&Value::Float(number)) => Some(number),
+            _ => None,
+        };
+        let [factor, low, high] = LLAMA3_KEYS;
+        let Some(&Value::Unsigned(original)) = self.gguf.values.get(LLAMA3_LENGTH) else { return None };
+        Some(json!({"factor": number(factor)?, "high_freq_factor": number(high)?, "low_freq_factor": number(low)?,
+            "original_max_position_embeddings": original, "rope_theta": theta, "rope_type": "llama3"}))
     }
 }
 
@@ -312,19 +310,4 @@ fn entry(tensor: &Tensor, row_order: RowOrder) -> TensorEntry {
         shape.0.insert(0, 1);
     }
     TensorEntry { dtype, shape, file: 0, range: tensor.range, encoding }
-}
-
-/// `blk.7.attn_q.weight` is `model.layers.7.self_attn.q_proj.weight`.
-fn hugging_face_name(name: &str) -> Option<Fqn> {
-    let (module, kind) = name.rsplit_once('.').filter(|(_, kind)| matches!(*kind, "weight" | "bias"))?;
-    let find = |table: &[(&str, &'static str)], module: &str| {
-        table.iter().find(|(theirs, _)| *theirs == module).map(|(_, ours)| *ours)
-    };
-    let Some(layered) = module.strip_prefix("blk.") else {
-        return find(&GLOBAL, module).map(|ours| format!("{ours}.{kind}").into());
-    };
-    let (layer, module) = layered.split_once('.')?;
-    // As it would be written: no sign, no leading zero, so that no two names become one.
-    let number: u32 = layer.parse().ok().filter(|number: &u32| number.to_string() == layer)?;
-    find(&LAYER, module).map(|ours| format!("model.layers.{number}.{ours}.{kind}").into())
 }
