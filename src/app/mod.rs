@@ -23,6 +23,7 @@ mod model_expand;
 mod model_export;
 mod new_model;
 mod prepare;
+mod pull;
 mod quality;
 mod remote_model;
 mod run_tensors;
@@ -52,11 +53,12 @@ pub use model_directory_error::{CkptError, DirectoryError};
 pub use model_expand::{ExpandError, ExpandedModel, expand_model};
 pub use model_export::{ExportedModel, ModelExportError, TrainedRun, export_model};
 pub use new_model::{NewModelError, new_model, new_preset};
-pub use prepare::{PrepareError, Prepared, prepare, prepare_with};
+pub use prepare::{PrepareError, Prepared, prepare, prepare_peek, prepare_with};
+pub use pull::{PullError, PullPlan, plan_pull, pull};
 pub use quality::{
     QualityError, QualityFormat, QualityRequest, QualityRow, QualityText, UnknownFormat, measure_quality,
 };
 pub use run_tensors::{RunTensorsError, StepChoice};
 pub use running::{RunFile, RunFileError};
-pub use source::{ModelSource, SourceError, open_model};
+pub use source::{ModelSource, Peeked, SourceError, open_model};
 pub use train_output::RunOutput;

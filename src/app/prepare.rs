@@ -2,7 +2,7 @@
 
 use std::path::Path;
 
-use super::source::{SourceError, open_model};
+use super::source::{ModelSource, Peeked, SourceError, open_model, peek_model};
 use super::train::{TrainPlanError, apply_recipe, train_plan};
 use crate::cache::{self, CacheClaim, CacheError, Found};
 use crate::checkpoint::{self, Checkpoint, CheckpointError, Skipped, plan_resume};
@@ -132,6 +132,37 @@ pub fn prepare_with(
     host_bytes: Option<u64>,
     progress: &dyn Fn(Progress<'_>),
 ) -> Result<Prepared, PrepareError> {
+    prepare_of(config, world, host_bytes, &mut |reference| open_model(reference, progress))
+}
+
+/// As [`prepare_with`], to look at the plan and not to carry it out: nothing is downloaded from a hub ([`peek_model`]). What was
+/// seen there of the job's models comes back too.
+///
+/// # Errors
+/// [`PrepareError`].
+pub fn prepare_peek(
+    config: &JobConfig,
+    world: WorldSize,
+    host_bytes: Option<u64>,
+) -> Result<(Prepared, Vec<Peeked>), PrepareError> {
+    let mut seen = Vec::new();
+    let prepared = prepare_of(config, world, host_bytes, &mut |reference| {
+        let (source, peeked) = peek_model(reference, &|_| {})?;
+        seen.extend(peeked);
+        Ok(source)
+    })?;
+    Ok((prepared, seen))
+}
+
+/// Opens a model by its reference.
+type Open<'a> = dyn FnMut(&str) -> Result<ModelSource, SourceError> + 'a;
+
+fn prepare_of(
+    config: &JobConfig,
+    world: WorldSize,
+    host_bytes: Option<u64>,
+    open: &mut Open<'_>,
+) -> Result<Prepared, PrepareError> {
     let mut config = config.clone();
     apply_recipe(&mut config)?;
     let config = &config;
@@ -144,16 +175,16 @@ pub fn prepare_with(
         None => (config.device_rule(), None),
     };
     let mut prepared = match (newest(config)?, &config.train) {
-        (found, Some(recipe)) => train(config, recipe, world, (found, progress))?,
+        (found, Some(recipe)) => train(config, recipe, world, (found, open))?,
         (Some((checkpoint, skipped)), None) => {
             expect_model(config, &checkpoint)?;
             resume(config, world, &checkpoint, skipped)?
         }
-        (None, None) => fresh(config, world, progress)?,
+        (None, None) => fresh(config, world, open)?,
     };
     prepared.plan.device = device;
     for (name, model) in &config.models {
-        let other = other_model(config, (name, model), world, progress)?;
+        let other = other_model(config, (name, model), world, open)?;
         prepared.plan.others.push(OtherModel { name: name.clone(), plan: LoadPlan { device, ..other.plan } });
         prepared.cached.extend(other.cached);
     }
@@ -188,7 +219,7 @@ fn other_model(
     config: &JobConfig,
     (name, model): (&str, &OtherModelConfig),
     world: WorldSize,
-    progress: &dyn Fn(Progress<'_>),
+    open: &mut Open<'_>,
 ) -> Result<Prepared, PrepareError> {
     let is_word = |c: char| c.is_ascii_alphanumeric() || c == '-' || c == '_';
     if name == OWN_MODEL || name.is_empty() || !name.chars().all(is_word) {
@@ -201,7 +232,7 @@ fn other_model(
     alone.quantization = model.quantization.clone();
     // Nobody reads it layer by layer.
     alone.load.strategy = alone.load.strategy.filter(|strategy| *strategy != Strategy::Streaming);
-    fresh(&alone, world, progress)
+    fresh(&alone, world, open)
 }
 
 /// The checkpoint to load, if the policy and the directory give one.
@@ -266,18 +297,21 @@ fn request(config: &JobConfig, world: WorldSize, root: &Path, strategy: Strategy
     })
 }
 
-fn fresh(config: &JobConfig, world: WorldSize, progress: &dyn Fn(Progress<'_>)) -> Result<Prepared, PrepareError> {
+fn fresh(config: &JobConfig, world: WorldSize, open: &mut Open<'_>) -> Result<Prepared, PrepareError> {
     let reference = config.model.source.as_deref().ok_or_else(|| ConfigError::Value {
         key: "model.source",
         expected: "a model directory, file or hub id",
         found: "nothing".to_owned(),
     })?;
-    let source = open_model(reference, progress)?;
+    let source = open(reference)?;
+    let is_here = is_remote(&source.root) || source.root.is_dir();
     let mut request = request(config, world, &source.root, Strategy::LowMemory)?;
     request.config_json = source.config_json;
     let mut plan = plan(request, &source.index, &source.skeleton, &source.binding)?;
     plan.versions = source.versions;
-    let cached = config.cache_place().map(|place| cache::attach(&mut plan, &place)).transpose()?.flatten();
+    // What is in a hub alone has no files here that a cache could know.
+    let place = config.cache_place().filter(|_| is_here);
+    let cached = place.map(|place| cache::attach(&mut plan, &place)).transpose()?.flatten();
     let step = Step(config.checkpoint.step);
     Ok(Prepared { plan, resumed_from: None, skipped: Vec::new(), step, cached: vec![cached] })
 }
@@ -307,7 +341,7 @@ fn train(
     config: &JobConfig,
     recipe: &Recipe,
     world: WorldSize,
-    (found, progress): (Resumable, &dyn Fn(Progress<'_>)),
+    (found, open): (Resumable, &mut Open<'_>),
 ) -> Result<Prepared, PrepareError> {
     let root = config.checkpoint.directory.as_deref().unwrap_or_else(|| Path::new(""));
     if let Some((checkpoint, _)) = &found
@@ -320,7 +354,7 @@ fn train(
             advice: "give the run a checkpoint.directory of its own",
         });
     }
-    let mut prepared = fresh(config, world, progress)?;
+    let mut prepared = fresh(config, world, open)?;
     let checkpoint = found.as_ref().map(|(checkpoint, _)| checkpoint);
     let plan = train_plan(recipe, &prepared.plan, root, checkpoint)?;
     prepared.step = checkpoint.map_or(Step(0), |checkpoint| checkpoint.manifest.step);

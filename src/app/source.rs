@@ -6,7 +6,7 @@ use super::remote_model;
 use crate::error::{Classify, Kind};
 use crate::format::packed::gather;
 use crate::format::{FormatError, GgufHead, ModelIndex, TensorEntry, gguf, parse_index_json};
-use crate::hub::{HubConfig, HubError, ModelKind, Progress, Reference, resolve};
+use crate::hub::{HubConfig, HubError, HubPeek, ModelKind, PeekedFile, Progress, Reference, resolve};
 use crate::load::{ScanError, scan};
 use crate::model::{Binding, KeyMismatch, ModelError, Skeleton};
 use crate::store::{LocalStore, RemoteAddress, Store, StoreError, is_remote, open_pinned};
@@ -152,6 +152,53 @@ pub fn open_model(reference: &str, progress: &dyn Fn(Progress<'_>)) -> Result<Mo
     finish(&files.root, files.config_json, index)
 }
 
+/// What was looked at in a hub.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct Peeked {
+    /// The commit.
+    pub commit: String,
+    /// The files that a download brings.
+    pub files: Vec<PeekedFile>,
+    /// Bytes of files that were fetched to look at it.
+    pub fetched_bytes: u64,
+}
+
+/// As [`open_model`], to look at the model and not to load it: of one that is in a hub alone, headers are fetched and nothing is
+/// downloaded. Then its root is a name, and no directory.
+///
+/// # Errors
+/// As [`open_model`].
+pub fn peek_model(
+    reference: &str,
+    progress: &dyn Fn(Progress<'_>),
+) -> Result<(ModelSource, Option<Peeked>), SourceError> {
+    let config = HubConfig::from_vars(&crate::config::variable)?;
+    if is_remote(reference) || config.offline {
+        return Ok((open_model(reference, progress)?, None));
+    }
+    let Reference::Hub { id, revision } = Reference::parse(reference)? else {
+        return Ok((open_model(reference, progress)?, None));
+    };
+    let hub = HubPeek::open(&id, &revision, &config)?;
+    let model = hub.model()?;
+    let files = hub.files(&model, &config)?;
+    let (index, config_json) = if model.kind == ModelKind::Gguf {
+        let (index, config_json) = read_gguf(&hub, model.names.first().map_or("", String::as_str))?;
+        (index, Some(config_json.into_bytes()))
+    } else {
+        let index_json = match &model.index_json {
+            Some((name, bytes)) => Some(parse_index_json(&hub.describe(name), bytes)?),
+            None => None,
+        };
+        let index = scan(&hub, &model.names, index_json.as_ref())?;
+        let mut read = |index: &ModelIndex, entry: &TensorEntry| read_entry(&hub, index, entry);
+        (gather(index, model.config_json.as_deref(), &mut read)?, model.config_json)
+    };
+    let source = finish(Path::new(&format!("{id}@{}", hub.commit())), config_json, index)?;
+    let peeked = Peeked { commit: hub.commit().to_owned(), files, fetched_bytes: hub.fetched_bytes() };
+    Ok((source, Some(peeked)))
+}
+
 /// As [`open_model`], for a command that takes other files beside the model's too, which are looked for on this machine.
 ///
 /// # Errors
@@ -185,7 +232,7 @@ fn open_remote(reference: &str) -> Result<ModelSource, SourceError> {
 }
 
 /// Reads as much of a GGUF file as its header takes.
-fn read_gguf(store: &LocalStore, name: &str) -> Result<(ModelIndex, String), SourceError> {
+fn read_gguf(store: &dyn Store, name: &str) -> Result<(ModelIndex, String), SourceError> {
     let file = store.open(name)?;
     let mut wanted = gguf::FIRST_HEAD_BYTES;
     loop {

@@ -18,6 +18,7 @@ mod model;
 mod output;
 mod plan;
 mod progress;
+mod pull;
 mod quality;
 mod quantize;
 mod worker;

@@ -46,6 +46,8 @@ pub enum ModelCommand {
         /// Where to write it
         directory: PathBuf,
     },
+    /// Download a model into the cache, and say before what that takes
+    Pull(super::pull::PullFlags),
     /// Write a model in another format, or make a model directory of nanoGPT's ckpt.pt
     Convert(Box<super::convert::ConvertFlags>),
     /// What each format costs a model: bytes, errors of its weights, perplexity on a text
@@ -130,6 +132,7 @@ pub(super) fn run(command: &ModelCommand) -> u8 {
             };
             show_new(made, directory)
         }
+        ModelCommand::Pull(flags) => super::pull::run(flags),
         ModelCommand::Convert(flags) => super::convert::run(flags),
         ModelCommand::Quality(flags) => super::quality::run(flags),
         ModelCommand::Export { checkpoint, step, output, dtype, json } => {

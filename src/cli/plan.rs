@@ -5,8 +5,9 @@ use serde_json::json;
 use super::args::PlanFlags;
 use super::devices::describe;
 use super::output::{bytes, data, fail, json, refuse, say};
-use crate::app::{Prepared, prepare_with};
+use crate::app::{Peeked, Prepared, prepare_peek};
 use crate::config::{JobConfig, available_memory_bytes};
+use crate::hub::PeekedFile;
 use crate::plan::RankMemory;
 use crate::types::{DeviceWish, WorldSize};
 
@@ -18,15 +19,20 @@ pub(super) fn run(flags: &PlanFlags) -> u8 {
     };
     flags.job.clone().apply(&mut config);
     let world = WorldSize::new(flags.ranks).unwrap_or(WorldSize::ONE);
-    let prepared = match prepare_with(&config, world, available_memory_bytes(), &super::output::download) {
+    let (prepared, peeked) = match prepare_peek(&config, world, available_memory_bytes()) {
         Ok(prepared) => prepared,
         Err(error) => return refuse(&error),
     };
-    print(&prepared, flags.json);
+    print(&prepared, &peeked, flags.json);
     0
 }
 
-fn print(prepared: &Prepared, as_json: bool) {
+/// The sum of a figure over the files of a model in a hub.
+fn total(peeked: &Peeked, figure: impl Fn(&PeekedFile) -> u64) -> u64 {
+    peeked.files.iter().map(figure).sum()
+}
+
+fn print(prepared: &Prepared, peeked: &[Peeked], as_json: bool) {
     let plan = &prepared.plan;
     let ranks: Vec<RankMemory> = plan.world.ranks().map(|rank| plan.memory(rank)).collect();
     let devices = describe();
@@ -42,11 +48,20 @@ fn print(prepared: &Prepared, as_json: bool) {
             "ranks": ranks,
             "gpu": devices,
             "plan": plan,
+            "hub": peeked.iter().map(|peeked| json!({
+                "commit": peeked.commit, "fetched_bytes": peeked.fetched_bytes,
+                "total_bytes": total(peeked, |file| file.len_bytes), "cached_bytes": total(peeked, |file| file.cached_bytes),
+            })).collect::<Vec<_>>(),
         }));
         return;
     }
     say(&format!("model      {}", plan.model));
     say(&format!("reads      {} in {} tensors, each byte once", bytes(plan.input_bytes()), plan.tensors.len()));
+    for peeked in peeked {
+        let (all, cached) = (total(peeked, |file| file.len_bytes), total(peeked, |file| file.cached_bytes));
+        let (fetched, missing) = (bytes(peeked.fetched_bytes), bytes(all.saturating_sub(cached)));
+        say(&format!("hub        {fetched} were fetched for this plan; a load downloads {missing} of {}", bytes(all)));
+    }
     say(&format!("devices    {devices}"));
     let place = match plan.device.device {
         DeviceWish::Cuda => "on CUDA devices",

@@ -138,7 +138,8 @@ impl Http {
     /// The bytes of a file from `start`, or from 0 where the server cannot begin later.
     pub(super) fn content(&self, facts: &FileFacts, start: u64) -> Result<Content, HubError> {
         let url = &facts.url;
-        let response = self.send(&self.agent, Method::Get, url, Some(start).filter(|&start| start > 0))?;
+        let range = (start > 0).then(|| format!("bytes={start}-"));
+        let response = self.send(&self.agent, Method::Get, url, range)?;
         let size =
             |found_bytes| Err(HubError::Size { file: url.clone(), expected_bytes: facts.len_bytes, found_bytes });
         let start = match response.status() {
@@ -169,7 +170,37 @@ impl Http {
         Ok(Content { start, reader: Box::new(response.into_body().into_reader()) })
     }
 
-    fn send(&self, agent: &Agent, method: Method, url: &str, start: Option<u64>) -> Result<Response<Body>, HubError> {
+    /// Fills `into`, which is not empty, with the bytes of a file from `start`; nothing else is asked for.
+    pub(super) fn part(&self, facts: &FileFacts, start: u64, into: &mut [u8]) -> Result<(), HubError> {
+        let url = &facts.url;
+        let last = start + as_u64(into.len()) - 1;
+        let response = self.send(&self.agent, Method::Get, url, Some(format!("bytes={start}-{last}")))?;
+        let answer = |what: String| HubError::Answer { url: url.clone(), what };
+        let is_whole = start == 0 && last + 1 == facts.len_bytes;
+        match response.status() {
+            StatusCode::PARTIAL_CONTENT => {
+                let range = text(response.headers(), "content-range").unwrap_or_default().to_owned();
+                if content_range(&range) != Some((start, facts.len_bytes)) {
+                    let expected = format!("bytes {start}-{last}/{}", facts.len_bytes);
+                    return Err(answer(format!("content-range: expected {expected}, found {range:?}")));
+                }
+            }
+            StatusCode::OK if !is_whole => {
+                return Err(answer(format!("expected the bytes {start}-{last} alone, found the whole file")));
+            }
+            status => self.check(url, status)?,
+        }
+        let mut body = response.into_body().into_reader();
+        body.read_exact(into).map_err(|error| self.failure(url, ureq::Error::from(error)))
+    }
+
+    fn send(
+        &self,
+        agent: &Agent,
+        method: Method,
+        url: &str,
+        range: Option<String>,
+    ) -> Result<Response<Body>, HubError> {
         let mut request = match method {
             Method::Get => agent.get(url),
             Method::Head => agent.head(url),
@@ -179,8 +210,8 @@ impl Http {
         if let Some(authorization) = &self.authorization {
             request = request.header("Authorization", authorization);
         }
-        if let Some(start) = start {
-            request = request.header("Range", format!("bytes={start}-"));
+        if let Some(range) = range {
+            request = request.header("Range", range);
         }
         request.call().map_err(|error| self.failure(url, error))
     }

@@ -22,6 +22,7 @@ mod download;
 mod error;
 mod http;
 mod local;
+mod peek;
 mod reference;
 mod remote;
 mod select;
@@ -30,6 +31,7 @@ use std::path::PathBuf;
 
 pub use config::{CONNECT_TIMEOUT, HubConfig, RESPONSE_TIMEOUT, STALL_TIMEOUT, Timeouts, Token};
 pub use error::HubError;
+pub use peek::{HubPeek, PeekedFile, PeekedModel};
 pub use reference::Reference;
 
 /// The files of a model, all of them on this machine.

@@ -11,7 +11,7 @@ use super::{HubConfig, HubError, ModelFiles, Progress};
 use crate::error::{Classify, Kind};
 
 /// Files beside the weights that loading, training and publishing use, where a repository has them.
-const COMPANIONS: [&str; 10] = [
+pub(super) const COMPANIONS: [&str; 10] = [
     "config.json",
     "adapter_config.json",
     "generation_config.json",

@@ -52,7 +52,8 @@ struct Shared {
 struct Request {
     method: String,
     path: String,
-    range: Option<usize>,
+    /// First byte, and last if it is named.
+    range: Option<(usize, Option<usize>)>,
     authorization: Option<String>,
 }
 
@@ -121,7 +122,10 @@ fn read_request(stream: &TcpStream) -> Option<Request> {
     for line in lines.map_while(Result::ok).take_while(|line| !line.is_empty()) {
         let (name, value) = line.split_once(": ")?;
         match name.to_ascii_lowercase().as_str() {
-            "range" => request.range = value.strip_prefix("bytes=")?.strip_suffix('-')?.parse().ok(),
+            "range" => {
+                let (first, last) = value.strip_prefix("bytes=")?.split_once('-')?;
+                request.range = Some((first.parse().ok()?, last.parse().ok()));
+            }
             "authorization" => request.authorization = Some(value.to_owned()),
             _ => {}
         }
@@ -133,7 +137,10 @@ impl Shared {
     fn serve(&self, mut stream: TcpStream) -> Option<()> {
         let request = read_request(&stream)?;
         let behaviour = self.behaviour.lock().unwrap_or_else(PoisonError::into_inner).clone();
-        let range = request.range.map_or_else(String::new, |from| format!(" from {from}"));
+        let range = request.range.map_or_else(String::new, |(from, last)| match last {
+            Some(last) => format!(" from {from} to {last}"),
+            None => format!(" from {from}"),
+        });
         let authorized = if request.authorization.is_some() { " authorized" } else { "" };
         let line = format!("{} {}{range}{authorized}", request.method, request.path);
         self.requests.lock().unwrap_or_else(PoisonError::into_inner).push(line);
@@ -169,6 +176,7 @@ impl Shared {
             // A small file: its etag is its git blob's, of 40 digits.
             let etag = ("ETag", format!("\"{}\"", &sha256(bytes)[..40]));
             let body: &[u8] = if request.method == "HEAD" { &[] } else { bytes };
+            // Whole, whatever the range: as a server answers that knows none.
             return reply_of(&mut stream, 200, &[commit, etag], (bytes.len(), body));
         }
         let size = ("X-Linked-Size", (bytes.len() + behaviour.overstates).to_string());
@@ -178,22 +186,29 @@ impl Shared {
         reply(&mut stream, 302, &[commit, size, etag, location], b"")
     }
 
-    fn store(&self, stream: &mut TcpStream, behaviour: &Behaviour, bytes: &[u8], range: Option<usize>) -> Option<()> {
+    fn store(
+        &self,
+        stream: &mut TcpStream,
+        behaviour: &Behaviour,
+        bytes: &[u8],
+        range: Option<(usize, Option<usize>)>,
+    ) -> Option<()> {
         let mut bytes = bytes.to_vec();
         if behaviour.damages {
             bytes[0] ^= 1;
         }
-        let from = range.filter(|_| !behaviour.ignores_ranges).unwrap_or(0);
+        let range = range.filter(|_| !behaviour.ignores_ranges);
         let total = bytes.len();
-        let body = bytes.get(from..).unwrap_or_default();
+        let (from, last) = range.map_or((0, total - 1), |(from, last)| (from, last.unwrap_or(total - 1)));
+        let body = bytes.get(from..=last).unwrap_or_default();
         let cut = {
             let mut behaviour = self.behaviour.lock().unwrap_or_else(PoisonError::into_inner);
             let cut = behaviour.cut.filter(|&(_, times)| times > 0);
             behaviour.cut = cut.map(|(at, times)| (at, times - 1));
             cut.map_or(body.len(), |(at, _)| at.min(body.len()))
         };
-        let content_range = ("Content-Range", format!("bytes {from}-{}/{total}", total - 1));
-        if from > 0 {
+        let content_range = ("Content-Range", format!("bytes {from}-{last}/{total}"));
+        if range.is_some() {
             return reply_of(stream, 206, &[content_range], (body.len(), &body[..cut]));
         }
         reply_of(stream, 200, &[], (body.len(), &body[..cut]))
