@@ -90,6 +90,30 @@ fn a_pull_says_what_it_takes_and_takes_it() {
     assert_eq!(weights_asked_for(&server.take_requests()), 0, "what is in the cache is read there");
 }
 
+/// The cache is listed and pruned: what broke off goes, what a snapshot names stays, and a model goes when it is named.
+#[test]
+fn the_cache_is_listed_and_pruned() {
+    let place = Place::new();
+    let server = hub(&place);
+    json(&place, &server, &["model", "pull", "org/name", "--json"]);
+    let blobs = place.path("hub/models--org--name/blobs");
+    std::fs::write(format!("{blobs}/00ff.incomplete"), [0; 1000]).expect("it is ours");
+    std::fs::write(format!("{blobs}/0123"), [0; 500]).expect("it is ours");
+    let sizes = ["config.json", "model.safetensors"]
+        .map(|name| std::fs::metadata(place.path(&format!("model/{name}"))).expect("a file").len());
+    let listed = json(&place, &server, &["model", "cache", "list", "--json"]);
+    let model = &listed[0];
+    assert_eq!((&model["id"], &model["snapshots"][0]), (&Value::from("org/name"), &Value::from(COMMIT)));
+    let counts = ["bytes", "unnamed_bytes", "unfinished_bytes"].map(|key| model[key].as_u64().expect("a count"));
+    assert_eq!(counts, [sizes.iter().sum::<u64>(), 500, 1000]);
+    let freed = json(&place, &server, &["model", "cache", "prune", "--json"]);
+    assert_eq!((&freed["files"], &freed["bytes"]), (&Value::from(2), &Value::from(1500)));
+    let listed = json(&place, &server, &["model", "cache", "list", "--json"]);
+    assert_eq!(listed[0]["bytes"].as_u64(), Some(sizes.iter().sum()));
+    json(&place, &server, &["model", "cache", "prune", "org/name", "--json"]);
+    assert_eq!(json(&place, &server, &["model", "cache", "list", "--json"]), Value::Array(Vec::new()));
+}
+
 /// What cannot be had is named, with its address.
 #[test]
 fn what_cannot_be_had_is_named() {

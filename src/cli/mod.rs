@@ -15,6 +15,7 @@ mod forward;
 mod job;
 mod launch;
 mod model;
+mod model_cache;
 mod output;
 mod plan;
 mod progress;

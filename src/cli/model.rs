@@ -48,6 +48,12 @@ pub enum ModelCommand {
     },
     /// Download a model into the cache, and say before what that takes
     Pull(super::pull::PullFlags),
+    /// List the hub's cache, and make it smaller
+    Cache {
+        /// What to do
+        #[command(subcommand)]
+        command: super::model_cache::ModelCacheCommand,
+    },
     /// Write a model in another format, or make a model directory of nanoGPT's ckpt.pt
     Convert(Box<super::convert::ConvertFlags>),
     /// What each format costs a model: bytes, errors of its weights, perplexity on a text
@@ -133,6 +139,7 @@ pub(super) fn run(command: &ModelCommand) -> u8 {
             show_new(made, directory)
         }
         ModelCommand::Pull(flags) => super::pull::run(flags),
+        ModelCommand::Cache { command } => super::model_cache::run(command),
         ModelCommand::Convert(flags) => super::convert::run(flags),
         ModelCommand::Quality(flags) => super::quality::run(flags),
         ModelCommand::Export { checkpoint, step, output, dtype, json } => {

@@ -21,6 +21,7 @@ mod config;
 mod download;
 mod error;
 mod http;
+mod inventory;
 mod local;
 mod peek;
 mod reference;
@@ -31,6 +32,7 @@ use std::path::PathBuf;
 
 pub use config::{CONNECT_TIMEOUT, HubConfig, RESPONSE_TIMEOUT, STALL_TIMEOUT, Timeouts, Token};
 pub use error::HubError;
+pub use inventory::{CachedModel, Freed, inventory, prune_cache};
 pub use peek::{HubPeek, PeekedFile, PeekedModel};
 pub use reference::Reference;
 
