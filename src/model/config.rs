@@ -275,7 +275,7 @@ impl ModelConfig {
             head_dim,
             intermediate_size: size("intermediate_size", raw.intermediate_size)?,
             experts: experts::parse(config_json, architecture, layers, raw.intermediate_size)?,
-            encoder_decoder: t5.then(|| t5::parse(config_json, MAX_LAYERS)).transpose()?,
+            encoder_decoder: t5.then(|| t5::parse(config_json, layers, MAX_LAYERS)).transpose()?,
             vocab_size: size("vocab_size", raw.vocab_size)?,
             max_position_embeddings: max_positions,
             type_vocab_size: if bert { size("type_vocab_size", raw.type_vocab_size.or(Some(2)))? } else { 0 },
@@ -297,6 +297,12 @@ impl ModelConfig {
     #[must_use]
     pub fn window_of(&self, layer: u32) -> Option<u64> {
         self.sliding_window.filter(|_| layer >= self.first_window_layer)
+    }
+
+    /// The blocks of all stacks.
+    #[must_use]
+    pub fn blocks(&self) -> u32 {
+        self.num_hidden_layers + self.encoder_decoder.map_or(0, |stacks| stacks.decoder_layers)
     }
 
     /// Rows of the query projection.
@@ -385,12 +391,12 @@ impl Raw {
 
     /// T5's fields likewise. Its heads need not fill the residual stream, and its positions are relative.
     fn name_t5_as_others_do(&mut self) {
-        self.hidden_size = self.d_model;
-        self.num_hidden_layers = self.num_layers;
-        self.num_attention_heads = self.num_heads;
+        self.hidden_size = self.d_model.or(self.hidden_size);
+        self.num_hidden_layers = self.num_layers.or(self.num_hidden_layers);
+        self.num_attention_heads = self.num_heads.or(self.num_attention_heads);
         self.num_key_value_heads = None;
-        self.head_dim = self.d_kv;
-        self.intermediate_size = self.d_ff;
+        self.head_dim = self.d_kv.or(self.head_dim);
+        self.intermediate_size = self.d_ff.or(self.intermediate_size);
         self.max_position_embeddings = self.n_positions.or(Some(512));
         self.rms_norm_eps = self.layer_norm_epsilon;
         // transformers 5 writes "tied" for every T5, and by this field which have a head of their own.

@@ -26,16 +26,15 @@ pub struct EncoderDecoder {
 #[derive(Debug, Default, Deserialize)]
 #[serde(default)]
 struct Raw {
-    num_layers: Option<u64>,
     num_decoder_layers: Option<u64>,
     relative_attention_num_buckets: Option<u64>,
     feed_forward_proj: Option<String>,
 }
 
-/// The stacks that a `config.json` states, with transformers' defaults.
-pub(super) fn parse(config_json: &[u8], max_layers: u64) -> Result<EncoderDecoder, ModelError> {
+/// The stacks that a `config.json` states, with transformers' defaults; the encoder has `layers`.
+pub(super) fn parse(config_json: &[u8], layers: u64, max_layers: u64) -> Result<EncoderDecoder, ModelError> {
     let raw: Raw = serde_json::from_slice(config_json)?;
-    let layers = within("num_decoder_layers", raw.num_decoder_layers.or(raw.num_layers), max_layers)?;
+    let layers = within("num_decoder_layers", raw.num_decoder_layers.or(Some(layers)), max_layers)?;
     let buckets = raw.relative_attention_num_buckets.or(Some(32));
     Ok(EncoderDecoder {
         decoder_layers: u32::try_from(layers).unwrap_or(u32::MAX),
