@@ -299,6 +299,13 @@ impl ModelConfig {
         self.sliding_window.filter(|_| layer >= self.first_window_layer)
     }
 
+    /// Whether there is a forward with gradients for such a model.
+    #[must_use]
+    pub const fn is_trainable(&self) -> bool {
+        use Architecture::{Gpt2, Llama, Mistral, Qwen2, Qwen3};
+        matches!(self.architecture, Llama | Mistral | Qwen2 | Qwen3 | Gpt2) && matches!(self.head, ModelHead::CausalLm)
+    }
+
     /// The blocks of all stacks.
     #[must_use]
     pub fn blocks(&self) -> u32 {
