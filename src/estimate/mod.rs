@@ -12,6 +12,7 @@
 
 mod base;
 mod compute;
+mod device_map;
 mod error;
 mod profile;
 mod pytorch;
@@ -21,6 +22,7 @@ mod workload;
 
 pub use base::{plan_without_files, trained_tensors};
 pub use compute::estimate;
+pub use device_map::{DeviceMap, DeviceMapError, Objective, Place, Unit};
 pub use error::EstimateError;
 pub use profile::{ModelProfile, ProfileError, ProfileFields};
 pub use report::{Estimate, Moment, RankEstimate};
