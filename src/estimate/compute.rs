@@ -93,7 +93,7 @@ fn check(skeleton: &Skeleton, workload: &Workload) -> Result<(), EstimateError> 
 }
 
 /// More than any batch has, and few enough that products with sizes of models fit 64 bits.
-const MAX_TOKENS: u64 = 1 << 28;
+pub(super) const MAX_TOKENS: u64 = 1 << 28;
 
 fn check_training(config: &ModelConfig, workload: &Workload, training: &Training) -> Result<(), EstimateError> {
     let refuse = |what: &str, with, reason| Err(EstimateError::Unsupported { what: what.to_owned(), with, reason });
