@@ -212,8 +212,8 @@ fn es_1_trained_state_is_the_runs_state() {
                     assert!(matches!(predicted, Err(EstimateError::Unsupported { .. })));
                     continue;
                 }
-                let recipe: Recipe =
-                    toml::from_str(&format!("type = \"{kind}\"\ndata = {{ train = \"t.txt\" }}")).expect("a recipe");
+                let recipe = format!("type = \"{kind}\"\ndata = {{ train = \"t.txt\", sequence-length = 64 }}");
+                let recipe: Recipe = toml::from_str(&recipe).expect("a recipe");
                 let trained = weightcast::train::trained_tensors(&recipe, &model.skeleton, None)
                     .expect("it trains something")
                     .tensors;
@@ -251,4 +251,138 @@ fn es_2_terms_add_up() {
             }
         }
     }
+}
+
+/// `weightcast plan` with these arguments: exit code, stdout, stderr.
+fn cli(arguments: &[&str]) -> (Option<i32>, String, String) {
+    let mut command = std::process::Command::new(env!("CARGO_BIN_EXE_weightcast"));
+    let output = command.arg("plan").args(arguments).output().expect("the program starts");
+    let text = |bytes: Vec<u8>| String::from_utf8(bytes).expect("text");
+    (output.status.code(), text(output.stdout), text(output.stderr))
+}
+
+fn cli_json(arguments: &[&str]) -> serde_json::Value {
+    let (code, stdout, stderr) = cli(&[arguments, &["--json"]].concat());
+    assert_eq!(code, Some(0), "{arguments:?}: {stderr}");
+    serde_json::from_str(&stdout).expect("JSON")
+}
+
+const SIZES: [&str; 14] = [
+    "--arch",
+    "llama",
+    "--hidden",
+    "4096",
+    "--layers",
+    "32",
+    "--heads",
+    "32",
+    "--kv-heads",
+    "32",
+    "--intermediate",
+    "11008",
+    "--vocab",
+    "32000",
+];
+
+/// The published count, and by hand: 2 bytes each, cut over two ranks but for 65 norms of 4096, which both keep.
+#[test]
+fn a_profile_is_planned_by_name_and_by_sizes() {
+    for arguments in [&["llama-2-7b"][..], &SIZES[..]] {
+        let found = cli_json(&[arguments, &["--ranks", "2"]].concat());
+        assert_eq!(found["parameters"], 6_738_415_616_u64);
+        let weights: u64 = (0..2).filter_map(|rank| found["ranks"][rank]["estimate"]["weights_bytes"].as_u64()).sum();
+        assert_eq!(weights, 2 * 6_738_415_616 + 2 * 65 * 4096);
+    }
+}
+
+#[test]
+fn devices_are_filled_or_found_too_small() {
+    let found = cli_json(&["llama-2-7b", "--gpus", "24,12", "--inference"]);
+    assert_eq!((found["fits"].as_bool(), found["placement"].as_str()), (Some(true), Some("layers")));
+    assert_eq!(found["device_map"]["owners"].as_array().map(Vec::len), Some(35));
+    assert!(found["largest_batch_sequences"].as_u64() >= Some(1));
+    let (code, stdout, stderr) = cli(&["llama-2-70b", "--gpus", "24", "--inference"]);
+    assert_eq!(code, Some(78), "{stderr}");
+    assert!(stderr.contains("does not fit: ") && stderr.contains(" GiB over; "), "{stderr}");
+    assert!(stdout.lines().any(|line| line.contains("weights") && line.contains("137953296384")), "{stdout}");
+    let (code, _, stderr) = cli(&["llama-2-7b", "--gpus", "24,24", "--train", "qlora", "--sequence", "2048"]);
+    assert_eq!(code, Some(0), "{stderr}");
+    assert!(stderr.contains("rank 1: fits in 24.0 GiB") && stderr.contains("largest    batch "), "{stderr}");
+    let (code, _, stderr) = cli(&["llama-2-7b", "--gpus", "12,12", "--train", "full"]);
+    assert_eq!(code, Some(78), "{stderr}");
+    assert!(stderr.contains("the smallest change that would make it fit: train an adapter over NF4"), "{stderr}");
+}
+
+#[test]
+fn a_model_directory_and_a_file_of_profiles_are_estimated() {
+    let model = concat!(env!("CARGO_MANIFEST_DIR"), "/tests/data/tiny-llama");
+    // By its own index: 2,755,008 parameters in bf16.
+    let found = cli_json(&["--model", model, "--inference"]);
+    assert_eq!(found["ranks"][0]["estimate"]["weights_bytes"], 5_510_016);
+    let place = tempfile::tempdir().expect("a directory");
+    let path = place.path().join("mine.toml");
+    let text = "[tiny]\nmodel_type = \"llama\"\nhidden_size = 64\nnum_hidden_layers = 2\nnum_attention_heads = 4\n\
+                intermediate_size = 128\nvocab_size = 256\n";
+    let file = path.display().to_string();
+    std::fs::write(&path, text).expect("a file");
+    assert_eq!(cli_json(&["--profile", &file])["parameters"], 115_008);
+    std::fs::write(&path, format!("{text}hiden_size = 3\n")).expect("a file");
+    let (code, _, stderr) = cli(&["--profile", &file]);
+    assert_eq!(code, Some(65));
+    assert!(stderr.contains("mine.toml: line 8: unknown field `hiden_size`"), "{stderr}");
+}
+
+#[test]
+fn what_cannot_be_is_refused_by_name() {
+    let check = |arguments: &[&str], expected_code: i32, expected: &str| {
+        let (code, _, stderr) = cli(arguments);
+        assert_eq!(code, Some(expected_code), "{arguments:?}: {stderr}");
+        assert!(stderr.contains(expected), "{arguments:?}: {stderr}");
+    };
+    check(&["llama-9", "--inference"], 65, "no profile \"llama-9\": known are bert-base");
+    check(&["--arch", "falcon", "--hidden", "64"], 65, "unknown architecture \"falcon\"");
+    check(&["--arch", "llama", "--hidden", "64"], 65, "no num_attention_heads");
+    check(&["llama-2-7b", "--gpus", "0"], 64, "expected GiB above 0");
+    check(&["llama-2-7b", "--gpus", "24,-1"], 64, "expected GiB above 0");
+    check(
+        &["llama-2-7b", "--gpus", "24,24", "--ranks", "3"],
+        78,
+        "ranks: expected as many as --gpus names devices, found 3",
+    );
+    check(&["llama-2-7b", "--inference", "--batch", "0"], 65, "batch: expected at least 1, found 0");
+    check(&["llama-2-7b", "--inference", "--batch", "99999999999"], 65, "batch times sequence of at most");
+    check(&["gpt2", "--inference", "--sequence", "4096"], 65, "sequence: expected at most 1024");
+    let many = ["80"; 13].join(",");
+    check(&["gpt2", "--inference", "--gpus", &many], 65, "ranks: expected at most 12, the number of layers");
+    check(&["gpt2", "--ranks", "2", "--placement", "experts", "--inference"], 78, "has no experts");
+    check(&["bert-base", "--train", "lora"], 78, "training bert with weightcast's trainer");
+    check(&["llama-2-7b", "--train", "full", "--quantize", "nf4"], 78, "quantized weights are not trained");
+    check(&["--inference"], 78, "model: expected a profile's name");
+}
+
+/// What is recommended is a job that `JobConfig` reads, and that asks for what was said.
+#[test]
+fn a_recommendation_is_a_job_file() {
+    let place = tempfile::tempdir().expect("a directory");
+    for (gpus, placement, format, split) in [
+        ("24,24", Placement::Replicate, QuantizationFormat::None, 0),
+        ("12,8", Placement::Layers, QuantizationFormat::None, 2),
+        ("8", Placement::Replicate, QuantizationFormat::Nf4, 0),
+    ] {
+        let path = place.path().join(format!("{gpus}.toml"));
+        let file = path.display().to_string();
+        let arguments = ["llama-2-7b", "--gpus", gpus, "--inference", "--recommend", "-o", &file];
+        let (code, stdout, stderr) = cli(&arguments);
+        assert_eq!(code, Some(0), "{stderr}");
+        assert!(stdout.contains("batch ") && stdout.contains("llama.cpp: -ngl 33"), "{stdout}");
+        let job = weightcast::config::JobConfig::read(&path).expect("a job");
+        assert_eq!(job.model.source.as_deref(), Some("meta-llama/Llama-2-7b-hf"));
+        assert_eq!((job.load.placement, job.quantization.format, job.load.split.len()), (placement, format, split));
+        assert!(job.quantization_rule().is_ok());
+        // A file that is there stays.
+        assert_eq!(cli(&arguments).0, Some(78));
+    }
+    let (code, _, stderr) = cli(&["llama-2-70b", "--gpus", "8", "--inference", "--recommend"]);
+    assert_eq!(code, Some(78));
+    assert!(stderr.contains("does not fit"), "{stderr}");
 }

@@ -10,6 +10,7 @@ mod convert;
 mod coordinator;
 mod demo;
 mod devices;
+mod estimate;
 mod forward;
 mod job;
 mod launch;
@@ -19,6 +20,7 @@ mod plan;
 mod progress;
 mod quality;
 mod quantize;
+mod recommend;
 mod worker;
 
 pub use args::Arguments;

@@ -196,7 +196,7 @@ fn generate(
     let block = workload.tokens() * Block::new(config).forward_bytes(sequence, exact);
     let logits =
         if config.head == ModelHead::Base { 0 } else { batch * config.vocab_size * (sizes::F32 + sizes::BF16) };
-    let gather_bytes = pytorch::gathered(plan, config, 0).unwrap_or(0);
+    let gather_bytes = pytorch::gathered(plan);
     let block_bytes = block + pytorch::dequantized(plan);
     let device = workload.memory == MemoryKind::Device;
     // Weights and cache are taken once; what comes and goes leaves holes.

@@ -106,7 +106,7 @@ impl Fit<'_> {
     }
 
     fn budget(&self, rank: Rank) -> u64 {
-        self.budget_bytes.get(rank.index()).or(self.budget_bytes.last()).copied().unwrap_or(0)
+        self.budget_bytes.get(rank.index()).or_else(|| self.budget_bytes.last()).copied().unwrap_or(0)
     }
 
     /// The proportions of the best placement of layers, or those of the budgets where none fits.
@@ -286,7 +286,7 @@ fn train(workload: &Workload, training: super::Training) -> Workload {
 }
 
 /// QLoRA's quantization, as a job has it by default.
-fn nf4() -> QuantizationRule {
+pub(super) fn nf4() -> QuantizationRule {
     let block = BlockSize::new(64).expect("64 is a block size");
     QuantizationRule::FourBit { code: FourBitCode::Nf4, block, nested: true, skip: Vec::new() }
 }

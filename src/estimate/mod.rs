@@ -17,6 +17,7 @@ mod error;
 mod fit;
 mod profile;
 mod pytorch;
+mod recommend;
 mod report;
 mod sizes;
 mod workload;
@@ -27,6 +28,7 @@ pub use device_map::{DeviceMap, DeviceMapError, Objective, Place, Unit};
 pub use error::EstimateError;
 pub use fit::{Change, Fit, Fitted};
 pub use profile::{ModelProfile, ProfileError, ProfileFields};
+pub use recommend::{OtherTool, Recommendation, recommend};
 pub use report::{Estimate, Moment, RankEstimate};
 pub use workload::{Attention, MemoryKind, Method, Optimizer, Purpose, TrainEngine, Training, Workload};
 

@@ -42,11 +42,11 @@ fn units(plan: &LoadPlan) -> Units {
 }
 
 /// What is whole at once of weights that are cut over ranks: everything outside blocks, and [`BLOCKS_AT_ONCE`]; nothing
-/// where weights are not cut. `adapter` are the bytes of a block's adapter.
-pub(super) fn gathered(plan: &LoadPlan, _config: &ModelConfig, adapter: u64) -> Option<u64> {
+/// where weights are not cut.
+pub(super) fn gathered(plan: &LoadPlan) -> u64 {
     let Units { block, root } = units(plan);
     let cut = plan.placement == Placement::Shard && plan.world.get() > 1;
-    cut.then_some(root + BLOCKS_AT_ONCE * (block + adapter))
+    if cut { root + BLOCKS_AT_ONCE * block } else { 0 }
 }
 
 /// The largest matrix that is made of packed codes, in bf16; 0 when nothing is quantized.

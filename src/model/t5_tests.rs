@@ -9,9 +9,14 @@ use crate::format::safetensors::{header_len, parse_header};
 use crate::format::{FileEntry, ModelIndex, merge};
 use crate::types::{Fqn, Shape, as_u64, as_usize};
 
+macro_rules! vector {
+    ($name:literal) => {
+        include_bytes!(concat!(env!("CARGO_MANIFEST_DIR"), "/tests/data/model/", $name)).as_slice()
+    };
+}
+
 fn vectors() -> Value {
-    let text = include_bytes!(concat!(env!("CARGO_MANIFEST_DIR"), "/tests/data/model/t5.json"));
-    serde_json::from_slice(text).expect("JSON")
+    serde_json::from_slice(vector!("t5.json")).expect("JSON")
 }
 
 fn skeleton(config: &Value) -> Skeleton {
@@ -47,14 +52,12 @@ fn published_models_have_their_published_counts() {
 }
 
 fn file() -> (Skeleton, ModelIndex) {
-    let place = concat!(env!("CARGO_MANIFEST_DIR"), "/tests/data/model/t5/");
-    let config = std::fs::read(format!("{place}config.json")).expect("the vector");
-    let bytes = std::fs::read(format!("{place}model.safetensors")).expect("the vector");
+    let (config, bytes) = (vector!("t5/config.json"), vector!("t5/model.safetensors"));
     let len_bytes = as_u64(bytes.len());
-    let len = header_len("t5", &bytes, len_bytes).expect("a real header");
+    let len = header_len("t5", bytes, len_bytes).expect("a real header");
     let header = parse_header("t5", &bytes[8..8 + as_usize(len)], len_bytes).expect("a real header");
     let index = merge(vec![(FileEntry { name: "t5".into(), len_bytes }, header)], None).expect("one file");
-    (Skeleton::from_config(&config).expect("a configuration of transformers"), index)
+    (Skeleton::from_config(config).expect("a configuration of transformers"), index)
 }
 
 #[test]
