@@ -16,7 +16,7 @@ use weightcast::model::{
     Architecture, GENERATED, GenerateRequest, NewModel, Preset, Skeleton, generate, generate_preset,
 };
 use weightcast::plan::{
-    DTypeRule, DeviceRule, LoadPlan, LoadRequest, Placement, QuantizationRule, Quantized, plan, state_plan,
+    Chunking, DTypeRule, DeviceRule, LoadPlan, LoadRequest, Placement, QuantizationRule, Quantized, plan, state_plan,
 };
 use weightcast::state::StateDict;
 use weightcast::train::Recipe;
@@ -206,7 +206,10 @@ fn es_1_trained_state_is_the_runs_state() {
         for (kind, method) in [("full", Method::Full), ("lora", Method::Lora(adapter()))] {
             for world in worlds() {
                 let purpose = Purpose::Train(training(method.clone()));
-                let workload = Workload { purpose, sequence_tokens: 64, ..Workload::load(world, model.dtype) };
+                // A window so small that training, and not loading, is the worst moment.
+                let chunking = Chunking { chunk_bytes: 1 << 12, reader_threads: 1, queue_chunks: 1 };
+                let workload =
+                    Workload { purpose, chunking, sequence_tokens: 64, ..Workload::load(world, model.dtype) };
                 let predicted = estimate(&model.skeleton, &workload);
                 if !model.skeleton.config.as_ref().is_some_and(weightcast::train::is_trainable) {
                     assert!(matches!(predicted, Err(EstimateError::Unsupported { .. })));
@@ -234,6 +237,44 @@ fn es_1_trained_state_is_the_runs_state() {
         }
     }
     assert!(compared >= 2 * 18 * 5, "{compared}");
+}
+
+/// What a training job plans for a model's files is what is estimated of it, to the byte.
+#[test]
+fn es_1_training_takes_what_a_job_plans() {
+    let model = concat!(env!("CARGO_MANIFEST_DIR"), "/tests/data/tiny-llama");
+    let config_json = std::fs::read(Path::new(model).join("config.json")).expect("the vector");
+    let skeleton = Skeleton::from_config(&config_json).expect("its configuration");
+    let place = tempfile::tempdir().expect("a directory");
+    let nf4 = QuantizationConfig { format: QuantizationFormat::Nf4, double: true, ..QuantizationConfig::default() };
+    for (kind, quantization) in [("full", None), ("lora", None), ("qlora", Some(&nf4))] {
+        for world in worlds() {
+            let text = format!(
+                "model.source = \"{model}\"\ncheckpoint.directory = \"{}\"\n[train]\ntype = \"{kind}\"\n\
+                 batch-size = 16\nmicro-batch-size = 2\ndata = {{ train = \"t.txt\", sequence-length = 512 }}\n",
+                place.path().join("ckpt").display()
+            );
+            let job: weightcast::config::JobConfig = toml::from_str(&text).expect("a job");
+            let prepared = weightcast::app::prepare_with(&job, world, None, &|_| {}).expect("a plan");
+            let method = match kind {
+                "full" => Method::Full,
+                _ => Method::Lora(Box::new(AdapterConfig::new(8, 16.0, TargetModules::AllLinear))),
+            };
+            let workload = Workload {
+                quantization: quantization.map_or(QuantizationRule::None, |config| config.rule().expect("a rule")),
+                chunking: job.chunking().expect("sizes"),
+                batch_sequences: 2,
+                sequence_tokens: 512,
+                purpose: Purpose::Train(training(method)),
+                ..Workload::load(world, DType::BF16)
+            };
+            let predicted = estimate(&skeleton, &workload).expect("it can be");
+            for rank in world.ranks() {
+                let (found, planned) = (predicted.ranks[rank.index()], prepared.plan.memory(rank));
+                assert_eq!(found.peak_bytes, planned.peak_host_bytes, "{kind} {world} {rank}");
+            }
+        }
+    }
 }
 
 /// `ES-2`: whatever is asked, the terms add up.
