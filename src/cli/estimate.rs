@@ -354,6 +354,7 @@ fn answer(flags: &PlanFlags, config: JobConfig, subject: &Subject) -> Result<u8,
     let counts = given && fit.workload.purpose != Purpose::Load;
     let batch = if counts { fit.largest_batch_sequences()? } else { None };
     let sequence = if counts { fit.largest_sequence_tokens()? } else { None };
+    let offload = if given { fit.offload_gain()? } else { None };
     if flags.json {
         let rank = |(rank, over): (&RankEstimate, &u64)| {
             let budget = fit.budget_bytes.get(rank.rank.index()).filter(|_| given);
@@ -374,12 +375,17 @@ fn answer(flags: &PlanFlags, config: JobConfig, subject: &Subject) -> Result<u8,
             "smallest_change": change,
             "largest_batch_sequences": batch,
             "largest_sequence_tokens": sequence,
+            "offload": offload,
         }));
     } else {
         print(subject, &fit, &fitted);
         let most = |value: Option<u64>| value.map_or_else(|| "none".to_owned(), |value| value.to_string());
         if counts {
             say(&format!("largest    batch {}, sequence {}", most(batch), most(sequence)));
+        }
+        if let Some(gain) = offload {
+            let (peak, host, batch) = (bytes(gain.peak_bytes), bytes(gain.host_bytes), gain.largest_batch_sequences);
+            say(&format!("offload    would leave {peak} on a device, put {host} on the host, batch {}", most(batch)));
         }
         if !fits {
             let over = fitted.over_bytes.iter().max().copied().unwrap_or(0);

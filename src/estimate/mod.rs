@@ -26,7 +26,7 @@ pub use base::{plan_without_files, trained_tensors};
 pub use compute::estimate;
 pub use device_map::{DeviceMap, DeviceMapError, Objective, Place, Unit};
 pub use error::EstimateError;
-pub use fit::{Change, Fit, Fitted};
+pub use fit::{Change, Fit, Fitted, OffloadGain};
 pub use profile::{ModelProfile, ProfileError, ProfileFields};
 pub use recommend::{OtherTool, Recommendation, recommend};
 pub use report::{Estimate, Moment, RankEstimate};
