@@ -16,6 +16,7 @@ pub mod coordinator;
 pub mod data;
 pub mod device;
 pub mod error;
+pub mod estimate;
 pub mod faults;
 pub mod format;
 pub mod hub;

@@ -135,7 +135,7 @@ pub fn prepare_with(
     prepare_of(config, world, host_bytes, &mut |reference| open_model(reference, progress))
 }
 
-/// As [`prepare_with`], to look at the plan and not to carry it out: nothing is downloaded from a hub ([`peek_model`]). What was
+/// As [`prepare_with`], to look at the plan and not to carry it out: nothing is downloaded from a hub. What was
 /// seen there of the job's models comes back too.
 ///
 /// # Errors

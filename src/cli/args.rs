@@ -5,6 +5,7 @@ use std::path::PathBuf;
 use clap::{Args, Parser, Subcommand, ValueEnum};
 use weightcast_launcher::LaunchArgs;
 
+use super::estimate::EstimateFlags;
 use super::quantize::QuantizeFlags;
 use crate::config::{JobConfig, ResumePolicy};
 use crate::plan::{Placement, Strategy};
@@ -41,8 +42,9 @@ pub enum Command {
     Coordinator(Box<CoordinatorFlags>),
     /// Be one rank of a job, as the launcher or a scheduler starts it
     Worker,
-    /// Say what each rank would read and keep, without loading anything
-    Plan(PlanFlags),
+    /// Say what each rank would read and keep, without loading anything; for a model's profile, what it would take on which
+    /// devices
+    Plan(Box<PlanFlags>),
     /// Look at a model, or make one
     Model {
         /// What to do
@@ -222,10 +224,13 @@ pub struct PlanFlags {
     /// The job, instead of or over a job file
     #[command(flatten)]
     pub job: JobOverrides,
+    /// What to estimate, without files.
+    #[command(flatten)]
+    pub estimate: EstimateFlags,
     /// Print the plan as JSON on stdout
     #[arg(long)]
     pub json: bool,
-    /// A job file
+    /// A job file, or a model's profile such as llama-2-7b
     pub job_file: Option<PathBuf>,
 }
 

@@ -11,6 +11,7 @@ mod convert;
 mod coordinator;
 mod demo;
 mod devices;
+mod estimate;
 mod forward;
 mod job;
 mod launch;
@@ -22,6 +23,7 @@ mod progress;
 mod pull;
 mod quality;
 mod quantize;
+mod recommend;
 mod worker;
 
 pub use args::Arguments;

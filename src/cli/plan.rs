@@ -12,6 +12,9 @@ use crate::plan::RankMemory;
 use crate::types::{DeviceWish, WorldSize};
 
 pub(super) fn run(flags: &PlanFlags) -> u8 {
+    if super::estimate::is_asked(flags) {
+        return super::estimate::run(flags);
+    }
     let config = flags.job_file.as_deref().map_or_else(|| Ok(JobConfig::default()), JobConfig::read);
     let mut config = match config {
         Ok(config) => config,

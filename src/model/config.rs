@@ -4,6 +4,7 @@ use serde::Deserialize;
 
 use super::experts::{self, Experts};
 use super::rope::{RawRope, RopeParameters, rotated_dims};
+use super::t5::{self, EncoderDecoder};
 use super::{ModelError, RopeScaling};
 use crate::types::DType;
 
@@ -29,6 +30,7 @@ pub enum Architecture {
     Qwen3Moe,
     Gpt2,
     Bert,
+    T5,
     /// Any set of tensors, taken as it is.
     Generic,
 }
@@ -47,6 +49,7 @@ impl Architecture {
             Self::Qwen3Moe => "qwen3_moe",
             Self::Gpt2 => "gpt2",
             Self::Bert => "bert",
+            Self::T5 => "t5",
             Self::Generic => "generic",
         }
     }
@@ -65,6 +68,8 @@ pub enum ModelHead {
     Base,
     /// `lm_head`.
     CausalLm,
+    /// `lm_head` over T5's decoder.
+    ConditionalGeneration,
     /// BERT's `cls.predictions`.
     MaskedLm,
     /// BERT's `cls.predictions` and `cls.seq_relationship`.
@@ -103,6 +108,8 @@ pub struct ModelConfig {
     pub intermediate_size: u64,
     /// The experts, where layers are mixtures of them.
     pub experts: Option<Experts>,
+    /// The two stacks of T5; then `num_hidden_layers` are the encoder's.
+    pub encoder_decoder: Option<EncoderDecoder>,
     /// Tokens.
     pub vocab_size: u64,
     /// The longest sequence in positions.
@@ -111,7 +118,7 @@ pub struct ModelConfig {
     pub type_vocab_size: u64,
     /// Whether the head is the embedding.
     pub tie_word_embeddings: bool,
-    /// Rotary position embedding; absent for BERT and GPT-2.
+    /// Rotary position embedding; absent for BERT, GPT-2 and T5.
     pub rope: Option<RopeParameters>,
     /// Epsilon of the norms.
     pub norm_eps: f64,
@@ -134,7 +141,7 @@ pub struct ModelConfig {
 }
 
 /// Architecture names of transformers, each with family and head.
-const KNOWN: [(&str, Architecture, ModelHead); 20] = [
+const KNOWN: [(&str, Architecture, ModelHead); 23] = [
     ("LlamaForCausalLM", Architecture::Llama, ModelHead::CausalLm),
     ("LLaMAForCausalLM", Architecture::Llama, ModelHead::CausalLm),
     ("LlamaModel", Architecture::Llama, ModelHead::Base),
@@ -155,6 +162,10 @@ const KNOWN: [(&str, Architecture, ModelHead); 20] = [
     ("BertModel", Architecture::Bert, ModelHead::Base),
     ("BertForMaskedLM", Architecture::Bert, ModelHead::MaskedLm),
     ("BertForPreTraining", Architecture::Bert, ModelHead::PreTraining),
+    ("T5ForConditionalGeneration", Architecture::T5, ModelHead::ConditionalGeneration),
+    // The name that the first published checkpoints have.
+    ("T5WithLMHeadModel", Architecture::T5, ModelHead::ConditionalGeneration),
+    ("T5Model", Architecture::T5, ModelHead::Base),
 ];
 
 #[derive(Debug, Default, Deserialize)]
@@ -186,6 +197,12 @@ struct Raw {
     use_sliding_window: Option<bool>,
     max_window_layers: Option<u32>,
     layer_types: Option<Vec<String>>,
+    d_model: Option<u64>,
+    d_kv: Option<u64>,
+    d_ff: Option<u64>,
+    scale_decoder_outputs: Option<bool>,
+    num_layers: Option<u64>,
+    num_heads: Option<u64>,
     n_embd: Option<u64>,
     n_layer: Option<u64>,
     n_head: Option<u64>,
@@ -217,8 +234,12 @@ impl ModelConfig {
         let mut raw: Raw = serde_json::from_slice(config_json)?;
         let (architecture, head) = raw.architecture()?;
         let gpt2 = architecture == Architecture::Gpt2;
+        let t5 = architecture == Architecture::T5;
         if gpt2 {
             raw.name_as_others_do()?;
+        }
+        if t5 {
+            raw.name_t5_as_others_do();
         }
         if architecture == Architecture::Mixtral {
             // Its defaults are not the other families'.
@@ -254,11 +275,12 @@ impl ModelConfig {
             head_dim,
             intermediate_size: size("intermediate_size", raw.intermediate_size)?,
             experts: experts::parse(config_json, architecture, layers, raw.intermediate_size)?,
+            encoder_decoder: t5.then(|| t5::parse(config_json, layers, MAX_LAYERS)).transpose()?,
             vocab_size: size("vocab_size", raw.vocab_size)?,
             max_position_embeddings: max_positions,
             type_vocab_size: if bert { size("type_vocab_size", raw.type_vocab_size.or(Some(2)))? } else { 0 },
-            tie_word_embeddings: raw.tie_word_embeddings.unwrap_or(bert || gpt2),
-            rope: if bert || gpt2 { None } else { Some(raw.rope(head_dim, max_positions)?) },
+            tie_word_embeddings: raw.tie_word_embeddings.unwrap_or(bert || gpt2 || t5),
+            rope: if bert || gpt2 || t5 { None } else { Some(raw.rope(head_dim, max_positions)?) },
             norm_eps: if bert { raw.layer_norm_eps.unwrap_or(1e-12) } else { raw.rms_norm_eps.unwrap_or(1e-6) },
             attention_bias: raw.attention_bias(architecture),
             mlp_bias: bert || gpt2 || (architecture == Architecture::Llama && raw.mlp_bias.unwrap_or(false)),
@@ -275,6 +297,19 @@ impl ModelConfig {
     #[must_use]
     pub fn window_of(&self, layer: u32) -> Option<u64> {
         self.sliding_window.filter(|_| layer >= self.first_window_layer)
+    }
+
+    /// Whether there is a forward with gradients for such a model.
+    #[must_use]
+    pub const fn is_trainable(&self) -> bool {
+        use Architecture::{Gpt2, Llama, Mistral, Qwen2, Qwen3};
+        matches!(self.architecture, Llama | Mistral | Qwen2 | Qwen3 | Gpt2) && matches!(self.head, ModelHead::CausalLm)
+    }
+
+    /// The blocks of all stacks.
+    #[must_use]
+    pub fn blocks(&self) -> u32 {
+        self.num_hidden_layers + self.encoder_decoder.map_or(0, |stacks| stacks.decoder_layers)
     }
 
     /// Rows of the query projection.
@@ -359,6 +394,22 @@ impl Raw {
         self.rms_norm_eps = Some(self.layer_norm_epsilon.unwrap_or(1e-5));
         self.hidden_act = Some(self.activation_function.take().unwrap_or_else(|| "gelu_new".to_owned()));
         Ok(())
+    }
+
+    /// T5's fields likewise. Its heads need not fill the residual stream, and its positions are relative.
+    fn name_t5_as_others_do(&mut self) {
+        self.hidden_size = self.d_model.or(self.hidden_size);
+        self.num_hidden_layers = self.num_layers.or(self.num_hidden_layers);
+        self.num_attention_heads = self.num_heads.or(self.num_attention_heads);
+        self.num_key_value_heads = None;
+        self.head_dim = self.d_kv.or(self.head_dim);
+        self.intermediate_size = self.d_ff.or(self.intermediate_size);
+        self.max_position_embeddings = self.n_positions.or(Some(512));
+        self.rms_norm_eps = self.layer_norm_epsilon;
+        // transformers 5 writes "tied" for every T5, and by this field which have a head of their own.
+        if self.scale_decoder_outputs == Some(false) {
+            self.tie_word_embeddings = Some(false);
+        }
     }
 
     /// `layer_types` (transformers 5), else `max_window_layers`: Qwen's first layers see everything, the others a window.

@@ -26,6 +26,7 @@ mod preset;
 mod rope;
 mod size;
 mod skeleton;
+mod t5;
 
 pub use bind::Binding;
 pub use config::{Architecture, AttentionBias, ModelConfig, ModelHead};
@@ -40,8 +41,11 @@ pub use inspect::{ExpertFigures, Inspection, inspect};
 pub use preset::Preset;
 pub use rope::{RopeParameters, RopeScaling, Yarn};
 pub use skeleton::{Alias, Buffer, BufferKind, BufferValues, Role, Skeleton, SkeletonTensor};
+pub use t5::EncoderDecoder;
 
 #[cfg(test)]
 mod experts_tests;
+#[cfg(test)]
+mod t5_tests;
 #[cfg(test)]
 mod tests;

@@ -4,7 +4,7 @@ use serde::{Deserialize, Serialize};
 
 use super::config::{Architecture, ModelConfig};
 use super::rope::RopeParameters;
-use super::{ModelError, bert, decoder, gpt2};
+use super::{ModelError, bert, decoder, gpt2, t5};
 use crate::format::ModelIndex;
 use crate::types::{Fqn, Shape};
 
@@ -26,7 +26,8 @@ pub enum Role {
     Bias,
     /// The matrix that sends tokens to experts, or the gate of the shared expert; kept whole by all, never quantized.
     Router,
-    /// The matrix of the output head, or of the last module of a base model; never quantized.
+    /// The matrix of the output head, of the last module of a base model, or one that 16 bits are too few for (T5's `wo`);
+    /// never quantized.
     Head,
     /// Anything else.
     Other,
@@ -41,7 +42,7 @@ pub struct SkeletonTensor {
     pub shape: Shape,
     /// What it is for.
     pub role: Role,
-    /// The layer that it belongs to, from 0.
+    /// The layer that it belongs to, from 0; T5's decoder counts on from its encoder.
     pub layer: Option<u32>,
     /// Whether files may lack it.
     pub optional: bool,
@@ -138,6 +139,9 @@ impl Skeleton {
     /// The skeleton of a configuration.
     #[must_use]
     pub fn new(config: ModelConfig) -> Self {
+        if let Some(stacks) = config.encoder_decoder {
+            return t5::skeleton(config, stacks);
+        }
         match config.architecture {
             Architecture::Bert => bert::skeleton(config),
             Architecture::Gpt2 => gpt2::skeleton(config),

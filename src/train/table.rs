@@ -5,7 +5,7 @@
 use crate::adapter::{
     AdapterConfig, AdapterError, Target, TargetModules, linears, lora_a_name, lora_b_name, magnitude_name,
 };
-use crate::model::{Architecture, ModelConfig, ModelHead, Skeleton};
+use crate::model::{ModelConfig, Skeleton};
 use crate::types::{Fqn, Shape};
 
 use super::config::{LoraRecipe, Method, Recipe, Targets};
@@ -50,12 +50,8 @@ pub fn trained_tensors(
 
 /// Whether there is a forward with gradients for such a model.
 #[must_use]
-pub fn is_trainable(config: &ModelConfig) -> bool {
-    let known = matches!(
-        config.architecture,
-        Architecture::Llama | Architecture::Mistral | Architecture::Qwen2 | Architecture::Qwen3 | Architecture::Gpt2
-    );
-    known && config.head == ModelHead::CausalLm
+pub const fn is_trainable(config: &ModelConfig) -> bool {
+    config.is_trainable()
 }
 
 impl LoraRecipe {

@@ -165,12 +165,12 @@ text! {
     Fqn
 }
 impl Fqn {
-    /// The number of the layer that the tensor belongs to: the digits after `layers.`, `layer.`, `h.` or `blocks.`.
+    /// The number of the layer that the tensor belongs to: the digits after `layers.`, `layer.`, `h.`, `blocks.` or `block.`.
     #[must_use]
     pub fn layer(&self) -> Option<u32> {
         let mut parts = self.as_str().split('.');
         while let Some(part) = parts.next() {
-            if matches!(part, "layers" | "layer" | "h" | "blocks")
+            if matches!(part, "layers" | "layer" | "h" | "blocks" | "block")
                 && let Some(number) = parts.next().and_then(|number| number.parse().ok())
             {
                 return Some(number);

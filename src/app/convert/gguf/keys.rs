@@ -27,7 +27,7 @@ pub(super) fn family(model: &str, config: &ModelConfig) -> Result<&'static str, 
         Architecture::Qwen2Moe => "qwen2moe",
         Architecture::Qwen3Moe => "qwen3moe",
         Architecture::Gpt2 => "gpt2",
-        Architecture::Bert | Architecture::Generic => {
+        Architecture::Bert | Architecture::T5 | Architecture::Generic => {
             let expected = "llama, mistral, mixtral, qwen2, qwen3, qwen2_moe, qwen3_moe or gpt2";
             return Err(refuse("model_type", expected, config.architecture.name()));
         }

@@ -1,0 +1,467 @@
+//! `weightcast plan` before there is a model: by a published profile, a profile of one's own, or sizes; and for devices that
+//! are not here.
+
+use std::path::{Path, PathBuf};
+
+use clap::{Args, ValueEnum};
+use serde_json::json;
+
+use super::args::PlanFlags;
+use super::output::{bytes, data, fail, json as print_json, say};
+use crate::adapter::{AdapterConfig, TargetModules};
+use crate::app::open_model;
+use crate::config::{ConfigError, JobConfig, QuantizationConfig};
+use crate::error::{Classify, Kind};
+use crate::estimate::{
+    Attention, EstimateError, Fit, Fitted, MemoryKind, Method, ModelProfile, Optimizer, ProfileError, ProfileFields,
+    Purpose, RankEstimate, TrainEngine, Training, Workload, recommend,
+};
+use crate::model::Skeleton;
+use crate::plan::{DTypeRule, Placement, QuantizationRule};
+use crate::types::{DType, WorldSize, as_f64, as_u64};
+
+/// Flags that say what is estimated.
+#[derive(Clone, Debug, Default, PartialEq, Args)]
+#[command(next_help_heading = "Estimate")]
+pub struct EstimateFlags {
+    /// Take profiles from this TOML file; with one profile in it, that is the model
+    #[arg(long, value_name = "FILE")]
+    profile: Option<PathBuf>,
+    /// The family of a model that is given by its sizes: llama, mistral, qwen2, qwen3, gpt2, bert, t5, mixtral …
+    #[arg(long, value_name = "FAMILY")]
+    arch: Option<String>,
+    /// Size of the residual stream
+    #[arg(long, value_name = "N", requires = "arch")]
+    hidden: Option<u64>,
+    /// Layers; of t5 in each of both stacks
+    #[arg(long, value_name = "N", requires = "arch")]
+    layers: Option<u64>,
+    /// Query heads
+    #[arg(long, value_name = "N", requires = "arch")]
+    heads: Option<u64>,
+    /// Key and value heads; the query heads by default
+    #[arg(long, value_name = "N", requires = "arch")]
+    kv_heads: Option<u64>,
+    /// Size of a head; hidden / heads by default
+    #[arg(long, value_name = "N", requires = "arch")]
+    head_dim: Option<u64>,
+    /// Size within the MLP, or within one expert
+    #[arg(long, value_name = "N", requires = "arch")]
+    intermediate: Option<u64>,
+    /// Tokens of the vocabulary
+    #[arg(long, value_name = "N", requires = "arch")]
+    vocab: Option<u64>,
+    /// Experts of a layer
+    #[arg(long, value_name = "N", requires_all = ["arch", "experts_per_token"])]
+    experts: Option<u64>,
+    /// Experts that compute one token
+    #[arg(long, value_name = "N", requires = "experts")]
+    experts_per_token: Option<u64>,
+    /// The output head is the embedding
+    #[arg(long, requires = "arch")]
+    tied: bool,
+    /// Memory of each device in GiB, one rank for each, such as 24,12
+    #[arg(long, value_name = "GIB", value_delimiter = ',', value_parser = gibibytes, allow_hyphen_values = true)]
+    gpus: Vec<u64>,
+    /// Estimate training: all weights, an adapter, or an adapter over quantized weights (NF4 unless --quantize says another)
+    #[arg(long, value_enum, value_name = "METHOD", conflicts_with = "inference")]
+    train: Option<TrainMethod>,
+    /// Estimate generation: weights, keys and values, a forward pass
+    #[arg(long)]
+    inference: bool,
+    /// Sequences that a rank computes on at once
+    #[arg(long, value_name = "N", default_value_t = 1)]
+    batch: u64,
+    /// Tokens of a sequence; 2048 by default, or what the model has positions for
+    #[arg(long, value_name = "N")]
+    sequence: Option<u64>,
+    /// Rank of the adapter, on all linear layers
+    #[arg(long, value_name = "N", default_value_t = 8, value_parser = clap::value_parser!(u64).range(1..=65536))]
+    lora_rank: u64,
+    /// What keeps the optimizer's moments, with devices
+    #[arg(long, value_enum, value_name = "TYPE", default_value_t)]
+    moments: Moments,
+    /// Keep the activations of all blocks
+    #[arg(long)]
+    no_checkpointing: bool,
+    /// Keep all scores of attention
+    #[arg(long)]
+    exact_attention: bool,
+    /// Keep parameters and optimizer in host memory, with devices
+    #[arg(long, requires = "gpus")]
+    offload: bool,
+    /// Recommend placement, quantization and batch for the devices, with reasons, and the like for other tools
+    #[arg(long, requires = "gpus")]
+    recommend: bool,
+    /// Write a job file that follows the recommendation
+    #[arg(long, short, value_name = "FILE", requires = "recommend")]
+    output: Option<PathBuf>,
+}
+
+/// What is trained.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, ValueEnum)]
+enum TrainMethod {
+    /// All weights
+    Full,
+    /// An adapter
+    Lora,
+    /// An adapter over quantized weights
+    Qlora,
+}
+
+/// What keeps AdamW's moments.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq, ValueEnum)]
+enum Moments {
+    /// 8 bytes a parameter
+    #[default]
+    F32,
+    /// bitsandbytes' 8 bits
+    #[value(name = "8bit")]
+    EightBit,
+    /// The parameters' own type
+    Bf16,
+}
+
+fn gibibytes(text: &str) -> Result<u64, String> {
+    let expected = || format!("expected GiB above 0, such as 24 or 11.5, found {text:?}");
+    let number: f64 = text.trim().parse().map_err(|_| expected())?;
+    let held = number * as_f64(1 << 30);
+    if !(held >= 1.0 && held < as_f64(1 << 50)) {
+        return Err(expected());
+    }
+    #[expect(clippy::cast_possible_truncation, clippy::cast_sign_loss, reason = "positive and below 2^50, as checked")]
+    let whole = held as u64;
+    Ok(whole)
+}
+
+/// Why there is no estimate.
+#[derive(Debug, thiserror::Error)]
+enum Refusal {
+    #[error(transparent)]
+    Profile(#[from] ProfileError),
+    #[error(transparent)]
+    Estimate(#[from] EstimateError),
+    #[error(transparent)]
+    Config(#[from] ConfigError),
+    #[error(transparent)]
+    Source(#[from] crate::app::SourceError),
+}
+
+impl Classify for Refusal {
+    fn kind(&self) -> Kind {
+        match self {
+            Self::Profile(source) => source.kind(),
+            Self::Estimate(source) => source.kind(),
+            Self::Config(source) => source.kind(),
+            Self::Source(source) => source.kind(),
+        }
+    }
+}
+
+/// A model to estimate.
+struct Subject {
+    name: String,
+    /// What a job names it.
+    source: String,
+    skeleton: Skeleton,
+    dtype: DType,
+}
+
+/// Whether `flags` ask for an estimate, and not for the plan of a job.
+pub(super) fn is_asked(flags: &PlanFlags) -> bool {
+    let estimate = &flags.estimate;
+    let by_flags = estimate.profile.is_some()
+        || estimate.arch.is_some()
+        || estimate.train.is_some()
+        || estimate.inference
+        || !estimate.gpus.is_empty();
+    by_flags || named(flags).is_some_and(|name| !Path::new(name).exists() && ModelProfile::published(name).is_ok())
+}
+
+/// The model in words: the first argument, or `--model`; of a job file, its model.
+fn named(flags: &PlanFlags) -> Option<&str> {
+    flags.job_file.as_deref().and_then(Path::to_str).or(flags.job.model.as_deref())
+}
+
+pub(super) fn run(flags: &PlanFlags) -> u8 {
+    let estimated = job(flags).and_then(|config| {
+        let subject = subject(flags, &config)?;
+        answer(flags, config, &subject)
+    });
+    match estimated {
+        Ok(code) => code,
+        Err(error) => fail(&error),
+    }
+}
+
+/// The job file, if one is given, and the flags over it.
+fn job(flags: &PlanFlags) -> Result<JobConfig, Refusal> {
+    let is_toml = |path: &&Path| path.extension().is_some_and(|extension| extension == "toml");
+    let mut config = match flags.job_file.as_deref().filter(is_toml) {
+        Some(path) => JobConfig::read(path)?,
+        None => JobConfig::default(),
+    };
+    flags.job.clone().apply(&mut config);
+    Ok(config)
+}
+
+fn subject(flags: &PlanFlags, config: &JobConfig) -> Result<Subject, Refusal> {
+    let estimate = &flags.estimate;
+    let of = |profile: &ModelProfile| Subject {
+        name: profile.name().to_owned(),
+        source: profile.source().map_or_else(|| profile.name().to_owned(), hub_id),
+        skeleton: profile.skeleton(),
+        dtype: profile.dtype(),
+    };
+    if let Some(arch) = &estimate.arch {
+        return Ok(of(&ModelProfile::new(arch, fields(estimate, arch))?));
+    }
+    if let Some(path) = &estimate.profile {
+        return Ok(of(&own_profile(path, named(flags))?));
+    }
+    let is_toml = |name: &str| name.ends_with(".toml");
+    let Some(name) = named(flags).filter(|name| !is_toml(name)).or(config.model.source.as_deref()) else {
+        let (key, expected) = ("model", "a profile's name, --arch with sizes, --profile FILE, or a model");
+        return Err(ConfigError::Value { key, expected, found: "nothing".to_owned() }.into());
+    };
+    // A hub id has a slash; what is here is taken as it is.
+    if !name.contains('/') && !Path::new(name).exists() {
+        return Ok(of(&ModelProfile::published(name)?));
+    }
+    let source = open_model(name, &super::output::download)?;
+    let dtype = source.index.tensors.values().map(|entry| entry.dtype).find(|dtype| dtype.is_weight_float());
+    Ok(Subject {
+        name: name.to_owned(),
+        source: name.to_owned(),
+        skeleton: source.skeleton,
+        dtype: dtype.unwrap_or(DType::BF16),
+    })
+}
+
+/// The id of a page of the hub.
+fn hub_id(address: &str) -> String {
+    address.trim_start_matches("https://huggingface.co/").to_owned()
+}
+
+fn own_profile(path: &Path, name: Option<&str>) -> Result<ModelProfile, Refusal> {
+    let failed = |message: String| ConfigError::File { path: path.display().to_string(), message };
+    #[expect(clippy::disallowed_methods, reason = "a profile is configuration, not data")]
+    let text = std::fs::read(path).map_err(|error| failed(error.to_string()))?;
+    let text = String::from_utf8(text).map_err(|error| failed(error.to_string()))?;
+    let profiles = ModelProfile::parse(&path.display().to_string(), &text)?;
+    match (profiles.as_slice(), name) {
+        ([only], None) => Ok(only.clone()),
+        _ => Ok(ModelProfile::find(profiles, name.unwrap_or_default())?),
+    }
+}
+
+fn fields(flags: &EstimateFlags, arch: &str) -> ProfileFields {
+    ProfileFields {
+        model_type: Some(arch.to_owned()),
+        hidden_size: flags.hidden,
+        num_hidden_layers: flags.layers,
+        num_attention_heads: flags.heads,
+        num_key_value_heads: flags.kv_heads,
+        head_dim: flags.head_dim,
+        intermediate_size: flags.intermediate,
+        moe_intermediate_size: flags.experts.and(flags.intermediate),
+        shared_expert_intermediate_size: flags.experts.and(flags.intermediate),
+        vocab_size: flags.vocab,
+        num_experts: flags.experts,
+        num_experts_per_tok: flags.experts.and(flags.experts_per_token),
+        tie_word_embeddings: flags.tied.then_some(true),
+        ..ProfileFields::default()
+    }
+}
+
+/// What the flags ask for, of a model whose weights are `dtype`.
+fn workload(flags: &PlanFlags, mut config: JobConfig, subject: &Subject) -> Result<Workload, Refusal> {
+    let estimate = &flags.estimate;
+    let devices = as_u64(estimate.gpus.len());
+    if devices > 0 && flags.ranks > 1 && u64::from(flags.ranks) != devices {
+        let (key, expected) = ("ranks", "as many as --gpus names devices");
+        return Err(ConfigError::Value { key, expected, found: flags.ranks.to_string() }.into());
+    }
+    let ranks = if devices > 0 { u32::try_from(devices).unwrap_or(u32::MAX) } else { flags.ranks };
+    let attention = if estimate.exact_attention { Attention::Exact } else { Attention::Flash };
+    let on_devices = devices > 0;
+    let training = estimate.train.map(|method| Training {
+        method: match method {
+            TrainMethod::Full => Method::Full,
+            _ => Method::Lora(Box::new(AdapterConfig::new(estimate.lora_rank, 16.0, TargetModules::AllLinear))),
+        },
+        engine: if on_devices { TrainEngine::PyTorch { offload: estimate.offload } } else { TrainEngine::Weightcast },
+        optimizer: match estimate.moments {
+            Moments::F32 => Optimizer::F32,
+            Moments::EightBit => Optimizer::EightBit,
+            Moments::Bf16 => Optimizer::AsParameters,
+        },
+        activation_checkpointing: !estimate.no_checkpointing,
+        attention,
+    });
+    let mut quantization = config.quantization_rule()?;
+    if estimate.train == Some(TrainMethod::Qlora) && quantization == QuantizationRule::None {
+        config.quantization.format = crate::config::QuantizationFormat::Nf4;
+        config.quantization.double = true;
+        quantization = config.quantization_rule()?;
+    }
+    let dtype = match (config.dtype_rule()?, on_devices && training.is_some()) {
+        // PyTorch's trainer computes and keeps in bf16.
+        (DTypeRule::Keep, true) => DTypeRule::Convert(DType::BF16),
+        (rule, _) => rule,
+    };
+    let world = WorldSize::new(ranks).unwrap_or(WorldSize::ONE);
+    // A model that generates on several devices has whole layers on each.
+    let by_layers = estimate.inference && ranks > 1;
+    let placement = match flags.job.placement {
+        None if by_layers => Placement::Layers,
+        _ => config.load.placement,
+    };
+    let positions = subject.skeleton.config.as_ref().map_or(2048, |config| config.max_position_embeddings);
+    Ok(Workload {
+        strategy: config.load.strategy.unwrap_or_default(),
+        placement,
+        split: config.load.split.clone(),
+        quantization,
+        dtype,
+        chunking: config.chunking()?,
+        batch_sequences: estimate.batch,
+        sequence_tokens: estimate.sequence.unwrap_or_else(|| positions.min(2048)),
+        memory: if on_devices { MemoryKind::Device } else { MemoryKind::Host },
+        purpose: match training {
+            Some(training) => Purpose::Train(training),
+            None if estimate.inference => Purpose::Inference { cache_dtype: DType::BF16, attention },
+            None => Purpose::Load,
+        },
+        ..Workload::load(world, subject.dtype)
+    })
+}
+
+/// Prints the estimate, and gives the exit code: that of exhausted memory when it does not fit.
+fn answer(flags: &PlanFlags, config: JobConfig, subject: &Subject) -> Result<u8, Refusal> {
+    let asked = config.quantization.clone();
+    let workload = workload(flags, config, subject)?;
+    if flags.estimate.recommend {
+        return recommended(flags, subject, &workload, &asked);
+    }
+    let given = !flags.estimate.gpus.is_empty();
+    // Without devices it is asked how much, not whether.
+    let budget_bytes = if given { flags.estimate.gpus.clone() } else { vec![u64::MAX] };
+    let fit = Fit { skeleton: &subject.skeleton, workload, budget_bytes };
+    let fitted = fit.answer()?;
+    let fits = fitted.fits();
+    let change = if fits { None } else { fit.smallest_change()? };
+    let counts = given && fit.workload.purpose != Purpose::Load;
+    let batch = if counts { fit.largest_batch_sequences()? } else { None };
+    let sequence = if counts { fit.largest_sequence_tokens()? } else { None };
+    let offload = if given { fit.offload_gain()? } else { None };
+    if flags.json {
+        let rank = |(rank, over): (&RankEstimate, &u64)| {
+            let budget = fit.budget_bytes.get(rank.rank.index()).filter(|_| given);
+            json!({"estimate": rank, "budget_bytes": budget, "over_bytes": over, "fits": *over == 0})
+        };
+        let ranks: Vec<_> = fitted.estimate.ranks.iter().zip(&fitted.over_bytes).map(rank).collect();
+        print_json(&json!({
+            "model": subject.name,
+            "parameters": fitted.estimate.parameters,
+            "trained_parameters": fitted.estimate.trained_parameters,
+            "batch_sequences": fit.workload.batch_sequences,
+            "sequence_tokens": fit.workload.sequence_tokens,
+            "placement": fit.workload.placement,
+            "split": fitted.split,
+            "device_map": fitted.map,
+            "ranks": ranks,
+            "fits": fits,
+            "smallest_change": change,
+            "largest_batch_sequences": batch,
+            "largest_sequence_tokens": sequence,
+            "offload": offload,
+        }));
+    } else {
+        print(subject, &fit, &fitted);
+        let most = |value: Option<u64>| value.map_or_else(|| "none".to_owned(), |value| value.to_string());
+        if counts {
+            say(&format!("largest    batch {}, sequence {}", most(batch), most(sequence)));
+        }
+        if let Some(gain) = offload {
+            let (peak, host, batch) = (bytes(gain.peak_bytes), bytes(gain.host_bytes), gain.largest_batch_sequences);
+            say(&format!("offload    would leave {peak} on a device, put {host} on the host, batch {}", most(batch)));
+        }
+        if !fits {
+            let over = fitted.over_bytes.iter().max().copied().unwrap_or(0);
+            let advice = change.map_or_else(
+                || "no single change would make it fit".to_owned(),
+                |change| format!("the smallest change that would make it fit: {change}"),
+            );
+            say(&format!("does not fit: {:.2} GiB over; {advice}", as_f64(over) / as_f64(1 << 30)));
+        }
+    }
+    Ok(if fits { 0 } else { Kind::Exhausted.exit_code() })
+}
+
+fn recommended(
+    flags: &PlanFlags,
+    subject: &Subject,
+    workload: &Workload,
+    asked: &QuantizationConfig,
+) -> Result<u8, Refusal> {
+    let Some(found) = recommend(&subject.skeleton, workload, &flags.estimate.gpus)? else {
+        say("does not fit: neither int8 nor NF4, nor layers on these devices make it fit");
+        return Ok(Kind::Exhausted.exit_code());
+    };
+    if let Some(path) = &flags.estimate.output {
+        let text = super::recommend::job_file(&found, &subject.source, asked);
+        let failed =
+            |error: std::io::Error| ConfigError::File { path: path.display().to_string(), message: error.to_string() };
+        super::recommend::write(path, &text).map_err(failed)?;
+        say(&format!("written    {}", path.display()));
+    }
+    super::recommend::print(&found, flags.json);
+    Ok(0)
+}
+
+/// One line per rank and term, in bytes and for people.
+fn print(subject: &Subject, fit: &Fit<'_>, fitted: &Fitted) {
+    let Workload { batch_sequences, sequence_tokens, placement, .. } = &fit.workload;
+    say(&format!("model      {}: {} parameters", subject.name, fitted.estimate.parameters));
+    let placement = serde_json::to_value(placement).ok().and_then(|name| name.as_str().map(str::to_owned));
+    say(&format!("placement  {} on {} ranks", placement.unwrap_or_default(), fit.workload.world));
+    if fit.workload.purpose != Purpose::Load {
+        say(&format!("batch      {batch_sequences} of {sequence_tokens} tokens"));
+    }
+    if let Some(map) = &fitted.map {
+        let units = |device| map.owners.iter().filter(|owner| **owner == Some(device)).count();
+        let counts: Vec<String> = (0..map.used_bytes.len()).map(|device| units(device).to_string()).collect();
+        say(&format!("units      {} (embedding, layers, norm, head)", counts.join(", ")));
+    }
+    for (rank, over) in fitted.estimate.ranks.iter().zip(&fitted.over_bytes) {
+        for (term, count) in rank.terms().into_iter().filter(|(_, count)| *count > 0) {
+            data(&format!("{:>5}  {term:<20}  {count:>16}  {:>11}", rank.rank, bytes(count)));
+        }
+        data(&format!("{:>5}  {:<20}  {:>16}  {:>11}", rank.rank, "total", rank.peak_bytes, bytes(rank.peak_bytes)));
+        if rank.host_bytes > 0 {
+            let held = rank.host_bytes;
+            data(&format!("{:>5}  {:<20}  {held:>16}  {:>11}", rank.rank, "on the host", bytes(held)));
+        }
+        let budget = fit.budget_bytes.get(rank.rank.index()).filter(|budget| **budget < u64::MAX);
+        if let Some(budget) = budget {
+            let word = if *over == 0 { "fits" } else { "does not fit" };
+            say(&format!("rank {}: {word} in {}", rank.rank, bytes(*budget)));
+        }
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn gibibytes_are_read_and_refused() {
+        assert_eq!(gibibytes("24"), Ok(24 << 30));
+        assert_eq!(gibibytes("11.5"), Ok(23 << 29));
+        for text in ["0", "-1", "NaN", "inf", "", "24GB"] {
+            let message = gibibytes(text).expect_err("no memory");
+            assert!(message.contains("expected GiB above 0"), "{message}");
+        }
+    }
+}
