@@ -354,6 +354,24 @@ fn devices_are_filled_or_found_too_small() {
     assert!(stderr.contains("the smallest change that would make it fit: train an adapter over NF4"), "{stderr}");
 }
 
+/// The bars and the picture show both ranks, what they may use, and where each of 35 units lies.
+#[test]
+fn an_estimate_is_drawn() {
+    let place = tempfile::tempdir().expect("a directory");
+    let path = place.path().join("memory.svg").display().to_string();
+    let arguments = ["llama-2-7b", "--gpus", "24,12", "--inference", "--bars", "--svg", &path];
+    let (code, _, stderr) = cli(&arguments);
+    assert_eq!(code, Some(0), "{stderr}");
+    for rank in ["rank 0   www", "rank 1   www"] {
+        assert!(stderr.contains(rank), "{stderr}");
+    }
+    let svg = std::fs::read_to_string(&path).expect("a picture");
+    assert_eq!(svg.matches("what it may use").count(), 2, "{svg}");
+    assert_eq!(svg.matches("<title>unit ").count(), 35, "{svg}");
+    let (code, _, stderr) = cli(&arguments);
+    assert_ne!(code, Some(0), "a file that is there stays: {stderr}");
+}
+
 #[test]
 fn a_model_directory_and_a_file_of_profiles_are_estimated() {
     let model = concat!(env!("CARGO_MANIFEST_DIR"), "/tests/data/tiny-llama");

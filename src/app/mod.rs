@@ -60,5 +60,5 @@ pub use quality::{
 };
 pub use run_tensors::{RunTensorsError, StepChoice};
 pub use running::{RunFile, RunFileError};
-pub use source::{ModelSource, Peeked, SourceError, open_model};
+pub use source::{ModelSource, Peeked, SourceError, open_model, peek_model};
 pub use train_output::RunOutput;

@@ -168,7 +168,7 @@ pub struct Peeked {
 ///
 /// # Errors
 /// As [`open_model`].
-pub(super) fn peek_model(
+pub fn peek_model(
     reference: &str,
     progress: &dyn Fn(Progress<'_>),
 ) -> Result<(ModelSource, Option<Peeked>), SourceError> {

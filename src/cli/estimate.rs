@@ -9,12 +9,12 @@ use serde_json::json;
 use super::args::PlanFlags;
 use super::output::{bytes, data, fail, json as print_json, say};
 use crate::adapter::{AdapterConfig, TargetModules};
-use crate::app::open_model;
+use crate::app::peek_model;
 use crate::config::{ConfigError, JobConfig, QuantizationConfig};
 use crate::error::{Classify, Kind};
 use crate::estimate::{
-    Attention, EstimateError, Fit, Fitted, MemoryKind, Method, ModelProfile, Optimizer, ProfileError, ProfileFields,
-    Purpose, RankEstimate, TrainEngine, Training, Workload, recommend,
+    Attention, EstimateError, Fit, Fitted, MemoryKind, Method, ModelProfile, Optimizer, Picture, ProfileError,
+    ProfileFields, Purpose, RankEstimate, TrainEngine, Training, Workload, recommend,
 };
 use crate::model::Skeleton;
 use crate::plan::{DTypeRule, Placement, QuantizationRule};
@@ -90,6 +90,12 @@ pub struct EstimateFlags {
     /// Keep parameters and optimizer in host memory, with devices
     #[arg(long, requires = "gpus")]
     offload: bool,
+    /// Draw the memory of each rank as a bar
+    #[arg(long)]
+    bars: bool,
+    /// Write a picture of it as an SVG file, with the layers by device
+    #[arg(long, value_name = "FILE")]
+    svg: Option<PathBuf>,
     /// Recommend placement, quantization and batch for the devices, with reasons, and the like for other tools
     #[arg(long, requires = "gpus")]
     recommend: bool,
@@ -228,7 +234,7 @@ fn subject(flags: &PlanFlags, config: &JobConfig) -> Result<Subject, Refusal> {
     if !name.contains('/') && !Path::new(name).exists() {
         return Ok(of(&ModelProfile::published(name)?));
     }
-    let source = open_model(name, &super::output::download)?;
+    let (source, _) = peek_model(name, &super::output::download)?;
     let dtype = source.index.tensors.values().map(|entry| entry.dtype).find(|dtype| dtype.is_weight_float());
     Ok(Subject {
         name: name.to_owned(),
@@ -355,6 +361,7 @@ fn answer(flags: &PlanFlags, config: JobConfig, subject: &Subject) -> Result<u8,
     let batch = if counts { fit.largest_batch_sequences()? } else { None };
     let sequence = if counts { fit.largest_sequence_tokens()? } else { None };
     let offload = if given { fit.offload_gain()? } else { None };
+    draw(&flags.estimate, subject, &fit, &fitted)?;
     if flags.json {
         let rank = |(rank, over): (&RankEstimate, &u64)| {
             let budget = fit.budget_bytes.get(rank.rank.index()).filter(|_| given);
@@ -397,6 +404,22 @@ fn answer(flags: &PlanFlags, config: JobConfig, subject: &Subject) -> Result<u8,
         }
     }
     Ok(if fits { 0 } else { Kind::Exhausted.exit_code() })
+}
+
+/// Pictures, where they are asked for.
+fn draw(flags: &EstimateFlags, subject: &Subject, fit: &Fit<'_>, fitted: &Fitted) -> Result<(), Refusal> {
+    let (budget_bytes, map) = (fit.budget_bytes.as_slice(), fitted.map.as_ref());
+    let picture = Picture { title: &subject.name, estimate: &fitted.estimate, budget_bytes, map };
+    if flags.bars {
+        picture.lines().iter().for_each(|line| say(line));
+    }
+    if let Some(path) = &flags.svg {
+        let failed =
+            |error: std::io::Error| ConfigError::File { path: path.display().to_string(), message: error.to_string() };
+        super::recommend::write(path, &picture.svg()).map_err(failed)?;
+        say(&format!("written    {}", path.display()));
+    }
+    Ok(())
 }
 
 fn recommended(
