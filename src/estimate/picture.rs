@@ -92,7 +92,7 @@ impl Picture<'_> {
             .collect();
         lines.push(format!("         {}", legend.join(", ")));
         if let Some(map) = self.map {
-            let device = |owner: &Option<usize>| owner.map_or('h', |device| digit(device));
+            let device = |owner: &Option<usize>| owner.map_or('h', digit);
             let units: String = map.owners.iter().map(device).collect();
             lines.push(format!("units    {units} (embedding, layers, norm, head by device; h: host)"));
         }
