@@ -143,10 +143,15 @@ fn a_busy_machine_is_no_silence() {
 #[test]
 fn all_nodes_start_again_after_a_failure_on_one() {
     let job = Job::new();
-    let script = "echo start $RANK $TORCHELASTIC_RESTART_COUNT
+    let place = tempfile::tempdir().expect("a temporary directory");
+    // Rank 0 fails when rank 2 of the other node has said that it started, and not before.
+    let script = format!(
+        "echo start $RANK $TORCHELASTIC_RESTART_COUNT; : > {0}/$RANK
         if [ $TORCHELASTIC_RESTART_COUNT = 1 ]; then exit 0; fi
-        if [ $RANK = 0 ]; then exit 5; fi; exec sleep 1000";
-    let (first, second) = job.start_two(&["--max-restarts=1"], script);
+        if [ $RANK = 0 ]; then until [ -e {0}/2 ]; do sleep 0.01; done; exit 5; fi; exec sleep 1000",
+        place.path().display()
+    );
+    let (first, second) = job.start_two(&["--max-restarts=1"], &script);
     let (first, second) = (first.finish(), second.finish());
     assert_eq!((first.code, second.code), (Some(0), Some(0)), "{first:?} {second:?}");
     assert!(second.stdout.contains("start 2 0") && second.stdout.contains("start 2 1"), "{}", second.stdout);

@@ -161,9 +161,9 @@ pub(super) fn files(entry: &LocalStore) -> Result<Vec<FileOnDisk>, CacheError> {
     Ok(files)
 }
 
-/// The name under which a process writes what becomes the file `name`.
-pub(super) fn unfinished(name: &str) -> String {
-    format!(".{name}.{}", std::process::id())
+/// The name under which a writer writes what becomes the file `name`; `writer` is no other's, on any host.
+pub(super) fn unfinished(name: &str, writer: &str) -> String {
+    format!(".{name}.{writer}")
 }
 
 /// Removes what processes that ended have left unfinished; while somebody holds the entry, it may be theirs.

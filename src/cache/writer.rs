@@ -14,6 +14,8 @@ use crate::types::{BlockDigests, Rank, as_u64};
 pub(crate) struct CacheWriter<'a> {
     plan: &'a LoadPlan,
     store: &'a dyn Store,
+    /// What tells its unfinished files from those of others.
+    writer: String,
     /// Files to come.
     waiting: VecDeque<Layout>,
     open: Option<Open>,
@@ -46,7 +48,8 @@ impl<'a> CacheWriter<'a> {
             keeps(plan, tensor) && (plan.strategy == Strategy::Full || tensor.reader == rank) && !cached(&tensor.input)
         });
         let waiting: VecDeque<Layout> = layouts(plan, mine.map(|(index, _)| index)).into();
-        (!waiting.is_empty()).then_some(Self { plan, store, waiting, open: None })
+        let writer = format!("{}-{:x}", std::process::id(), crate::clock::unix_ns());
+        (!waiting.is_empty()).then_some(Self { plan, store, writer, waiting, open: None })
     }
 
     /// Takes bytes of a component, from `at` on. They come tensor by tensor in the plan's order, each component from its
@@ -73,7 +76,7 @@ impl<'a> CacheWriter<'a> {
             }
             let Some(next) = self.waiting.pop_front() else { return Ok(()) };
             self.close()?;
-            self.open = Some(Open::create(next, self.store)?);
+            self.open = Some(Open::create(next, self.store, &self.writer)?);
         }
         let Some(open) = &mut self.open else { return Ok(()) };
         match open.layout.place(tensor, component) {
@@ -99,7 +102,7 @@ impl<'a> CacheWriter<'a> {
     fn close(&mut self) -> Result<(), StoreError> {
         let Some(mut open) = self.open.take() else { return Ok(()) };
         let name = open.layout.name.clone();
-        let part = unfinished(&name);
+        let part = unfinished(&name, &self.writer);
         if open.end != open.layout.header_bytes + open.layout.data_bytes {
             drop(open);
             return self.store.remove(&part);
@@ -121,7 +124,7 @@ impl<'a> CacheWriter<'a> {
             table.finish().into_iter().chain(open.blocks.finish()).flat_map(u32::to_le_bytes).collect();
         crate::faults::point("cache.file");
         // The table first: a file is not read without it.
-        let table_part = unfinished(&table_name(&name));
+        let table_part = unfinished(&table_name(&name), &self.writer);
         self.store.remove(&table_part)?;
         write_small(self.store, &table_part, &table)?;
         for (from, to) in [(&table_part, &table_name(&name)), (&part, &name)] {
@@ -137,7 +140,7 @@ impl<'a> CacheWriter<'a> {
     fn give_up(&mut self) {
         self.waiting.clear();
         if let Some(open) = self.open.take() {
-            let part = unfinished(&open.layout.name);
+            let part = unfinished(&open.layout.name, &self.writer);
             drop(open);
             // What stays is removed when the entry is used again.
             let _ = self.store.remove(&part);
@@ -146,8 +149,8 @@ impl<'a> CacheWriter<'a> {
 }
 
 impl Open {
-    fn create(layout: Layout, store: &dyn Store) -> Result<Self, StoreError> {
-        let part = unfinished(&layout.name);
+    fn create(layout: Layout, store: &dyn Store, writer: &str) -> Result<Self, StoreError> {
+        let part = unfinished(&layout.name, writer);
         store.create_dir("")?;
         store.remove(&part)?;
         let file = store.create(&part, layout.header_bytes + layout.data_bytes)?;

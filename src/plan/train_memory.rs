@@ -9,8 +9,9 @@ use crate::types::{Fqn, Rank};
 
 /// Bytes of an f32.
 const F32: u64 = 4;
-/// Logits of the loss that are there at once, and as much again for their probabilities (`nn`'s chunks).
-const LOGITS_BYTES: u64 = 2 * (F32 << 24);
+/// Logits that the loss has at once, for which it needs no second copy (`nn`'s chunks); more where 32 tokens have more.
+const LOGITS: u64 = 1 << 24;
+const MIN_LOGIT_TOKENS: u64 = 32;
 
 /// What a step computes on at once, in elements.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -46,9 +47,10 @@ pub struct TrainMemory {
     pub snapshot_bytes: u64,
     /// Gradients, and the buffers of their exchange: exact.
     pub gradient_bytes: u64,
-    /// One block's weights, gathered and as f32, and the largest of them with its adapter merged.
+    /// Weights at the worst moment: as f32, put together where they are cut over ranks, and the largest with its adapter merged;
+    /// and the buffers that they are gathered through, which stay.
     pub block_bytes: u64,
-    /// Activations and their gradients at the worst moment.
+    /// Activations and their gradients at that moment.
     pub activation_bytes: u64,
 }
 
@@ -75,51 +77,121 @@ impl TrainMemory {
             .iter()
             .flat_map(|tensor| tensor.holdings(rank, state.world))
             .map(|holding| aligned(holding.kept.len()));
+        let groups = groups(base, state, rank);
+        let most = |bytes: fn(&Group) -> u64| groups.iter().map(bytes).max().unwrap_or(0);
+        let buffers = most(|group| group.gathered) + most(|group| group.own);
+        // A block and a head that are trained have their values among the parameters.
+        let trained_ones = [Group { layer: Some(0), ..Group::default() }, Group::default()];
+        let merged = largest_merged(base, sizes);
+        let moments = groups.iter().chain(&trained_ones).flat_map(|group| sizes.moments(group, merged));
+        let worst = moments.max_by_key(|moment| moment.weights + moment.activations).unwrap_or_default();
         Self {
             parameters_bytes: F32 * trained,
             optimizer_bytes: 3 * own,
             snapshot_bytes: snapshot.sum(),
             gradient_bytes: 3 * F32 * trained + own,
-            block_bytes: largest_group(base, state, rank) + largest_merged(base, sizes),
-            activation_bytes: sizes.activation_bytes(),
+            block_bytes: buffers + worst.weights,
+            activation_bytes: worst.activations,
         }
     }
 }
 
+/// What is there at once at one moment of a step.
+#[derive(Clone, Copy, Debug, Default)]
+struct Moment {
+    weights: u64,
+    activations: u64,
+}
+
+/// Tensors of the base that come and go together: those of a block, or one outside blocks. In bytes.
+#[derive(Clone, Copy, Debug, Default)]
+struct Group {
+    layer: Option<u32>,
+    /// As f32.
+    values: u64,
+    /// What is cut over ranks, from all of them.
+    gathered: u64,
+    /// This rank's part of that.
+    own: u64,
+    /// What this rank reads for it, where it streams.
+    fetched: u64,
+}
+
 impl StepSizes {
-    /// Kept inputs of all blocks, and the worse of: a block's forward with what its backward needs, or the loss.
-    fn activation_bytes(&self) -> u64 {
+    /// The moments of a step at which the weights of `group` are there: when they come, with all that they are made of, and
+    /// when they are computed with. A matrix outside blocks may be the head.
+    fn moments(&self, group: &Group, merged: u64) -> [Moment; 2] {
+        let residual = F32 * self.tokens * self.hidden;
+        let kept = residual * (self.layers + 1);
+        let coming = Moment { weights: group.values + group.gathered + group.fetched, activations: kept + residual };
+        let used = match group.layer {
+            Some(_) => Moment { weights: group.values + merged, activations: kept + self.block_bytes() },
+            // What the head was made of is free again, and used again where the logits fit into it: the heap does not move.
+            None => {
+                let lost = if group.gathered < self.logits_bytes() { group.gathered } else { 0 };
+                Moment { weights: group.values + lost, activations: kept + self.loss_bytes() }
+            }
+        };
+        [coming, used]
+    }
+
+    /// A block's forward with what its backward needs.
+    fn block_bytes(&self) -> u64 {
         let Self { tokens, hidden, query, key_value, intermediate, .. } = *self;
-        let kept = tokens * hidden * (self.layers + 1);
         // Both norms' outputs and the middle; queries, keys, values and their mixture; gate, up and their product.
         let saved = 3 * hidden + 2 * query + 2 * key_value + 3 * intermediate + self.adapter_ranks;
         // The incoming and two outgoing gradients, and those of the wider inner activations.
         let flowing = 4 * hidden + (3 * intermediate).max(2 * query + 2 * key_value);
         let blocks_saved = if self.checkpointing { 1 } else { self.layers };
-        let block = tokens * (blocks_saved * saved + flowing);
-        let logits = (2 * tokens * self.vocabulary * F32).min(LOGITS_BYTES);
-        let loss = 3 * tokens * hidden * F32 + logits;
-        F32 * kept + loss.max(F32 * block)
+        F32 * tokens * (blocks_saved * saved + flowing)
+    }
+
+    /// The loss: the last norm's output, its input and the gradient, and of a chunk of tokens logits, inputs and gradients.
+    fn loss_bytes(&self) -> u64 {
+        let Self { tokens, hidden, .. } = *self;
+        F32 * (3 * tokens * hidden + 2 * self.logit_tokens() * hidden) + self.logits_bytes()
+    }
+
+    fn logits_bytes(&self) -> u64 {
+        F32 * self.logit_tokens() * self.vocabulary
+    }
+
+    /// Tokens of a chunk.
+    fn logit_tokens(&self) -> u64 {
+        (LOGITS / self.vocabulary.max(1)).max(MIN_LOGIT_TOKENS).min(self.tokens)
     }
 }
 
-/// The most that one group of tensors (a block, or one of the tensors outside blocks) takes: packed as gathered and as put
-/// together, where it is cut over ranks, this rank's part as read where it streams, and as f32. What is trained is no part of it.
-fn largest_group(base: &LoadPlan, state: &LoadPlan, rank: Rank) -> u64 {
+/// The groups of the base; what is trained is no part of them.
+fn groups(base: &LoadPlan, state: &LoadPlan, rank: Rank) -> Vec<Group> {
     let is_trained = |fqn: &Fqn| state.tensors.iter().any(|tensor| &tensor.fqn == fqn);
-    let mut largest = 0;
-    let mut group: (Option<u32>, u64) = (None, 0);
+    let mut groups: Vec<Group> = Vec::new();
     for tensor in base.tensors.iter().filter(|tensor| !is_trained(&tensor.fqn)) {
         let packed: u64 = tensor.components().iter().map(|component| component.bytes).sum();
-        let gathered = if tensor.sharded && base.world.get() > 1 { 2 * packed } else { 0 };
-        let streamed = tensor.holdings(rank, base.world).iter().map(|holding| aligned(holding.kept.len())).sum();
-        let fetched = if base.streams(tensor) { streamed } else { 0 };
-        let bytes = F32 * tensor.elements() + gathered + fetched;
-        let layer = tensor.fqn.layer();
-        group = if layer.is_some() && layer == group.0 { (layer, group.1 + bytes) } else { (layer, bytes) };
-        largest = largest.max(group.1);
+        let holdings = tensor.holdings(rank, base.world);
+        let is_cut = tensor.sharded && base.world.get() > 1;
+        let one = Group {
+            layer: tensor.fqn.layer(),
+            values: F32 * tensor.elements(),
+            gathered: if is_cut { packed } else { 0 },
+            own: if is_cut { holdings.iter().map(|holding| holding.owned.len()).sum() } else { 0 },
+            fetched: if base.streams(tensor) {
+                holdings.iter().map(|holding| aligned(holding.kept.len())).sum()
+            } else {
+                0
+            },
+        };
+        match groups.last_mut() {
+            Some(last) if last.layer.is_some() && last.layer == one.layer => {
+                last.values += one.values;
+                last.gathered += one.gathered;
+                last.own += one.own;
+                last.fetched += one.fetched;
+            }
+            _ => groups.push(one),
+        }
     }
-    largest
+    groups
 }
 
 /// The largest matrix of a block, where an adapter may be merged into a copy of it.
