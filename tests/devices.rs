@@ -192,5 +192,5 @@ fn a_plan_counts_device_memory_and_refuses_what_does_not_fit() {
 #[test]
 fn a_device_that_is_not_there_is_refused() {
     let place = Place::new(0);
-    place.refuse(&["plan", "--model", MODEL, "--device", "cuda"], 65, "finds no device");
+    place.refuse(&["plan", "--model", MODEL, "--device", "cuda"], 78, "load.device: the NVIDIA driver finds no device");
 }

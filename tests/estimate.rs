@@ -296,8 +296,15 @@ fn es_2_terms_add_up() {
 
 /// `weightcast plan` with these arguments: exit code, stdout, stderr.
 fn cli(arguments: &[&str]) -> (Option<i32>, String, String) {
+    weightcast(&[&["plan"], arguments].concat())
+}
+
+/// With a directory of its own for what tells of running jobs, and without a hub.
+fn weightcast(arguments: &[&str]) -> (Option<i32>, String, String) {
+    let runtime = tempfile::tempdir().expect("a directory");
     let mut command = std::process::Command::new(env!("CARGO_BIN_EXE_weightcast"));
-    let output = command.arg("plan").args(arguments).output().expect("the program starts");
+    command.args(arguments).env("XDG_RUNTIME_DIR", runtime.path()).env("HF_HUB_OFFLINE", "1");
+    let output = command.output().expect("the program starts");
     let text = |bytes: Vec<u8>| String::from_utf8(bytes).expect("text");
     (output.status.code(), text(output.stdout), text(output.stderr))
 }
@@ -406,7 +413,7 @@ fn what_cannot_be_is_refused_by_name() {
     check(
         &["llama-2-7b", "--gpus", "24,24", "--ranks", "3"],
         78,
-        "ranks: expected as many as --gpus names devices, found 3",
+        "ranks: expected as many as there are devices, found 3",
     );
     check(&["llama-2-7b", "--inference", "--batch", "0"], 65, "batch: expected at least 1, found 0");
     check(&["llama-2-7b", "--inference", "--batch", "99999999999"], 65, "batch times sequence of at most");
@@ -417,6 +424,14 @@ fn what_cannot_be_is_refused_by_name() {
     check(&["bert-base", "--train", "lora"], 78, "training bert with weightcast's trainer");
     check(&["llama-2-7b", "--train", "full", "--quantize", "nf4"], 78, "quantized weights are not trained");
     check(&["--inference"], 78, "model: expected a profile's name");
+    check(&["llama-2-7b", "--gpus", "24,auto"], 78, "gpus: expected GiB of each device, or auto or none alone");
+    check(&["llama-2-7b", "--max-memory", "1=24GiB"], 78, "max-memory: expected each device once, from 0 on, found 1");
+    check(
+        &["llama-2-7b", "--max-memory", "cpu=24GiB", "--train", "qlora", "--offload"],
+        78,
+        "offload: expected devices",
+    );
+    check(&["llama-2-7b", "--train", "qlora", "--recommend", "-o", "/nowhere"], 78, "data: expected --data FILE");
 }
 
 /// What is recommended is a job that `JobConfig` reads, and that asks for what was said.
@@ -443,5 +458,48 @@ fn a_recommendation_is_a_job_file() {
     }
     let (code, _, stderr) = cli(&["llama-2-70b", "--gpus", "8", "--inference", "--recommend"]);
     assert_eq!(code, Some(78));
-    assert!(stderr.contains("does not fit"), "{stderr}");
+    assert!(stderr.contains("does not fit in any placement or quantization: "), "{stderr}");
+}
+
+/// The jobs for machines that are not here say so when they are started, before anything is fetched.
+#[test]
+fn a_recommended_job_for_another_machine_is_refused_with_the_reason() {
+    let place = tempfile::tempdir().expect("a directory");
+    for (model, gpus, devices) in
+        [("llama-2-70b", "24,24", 2), ("llama-2-7b", "8", 1), ("mixtral-8x7b", "24,24,24,24", 4)]
+    {
+        let path = place.path().join(format!("{model}.toml"));
+        let file = path.display().to_string();
+        let (code, _, stderr) = cli(&[model, "--gpus", gpus, "--recommend", "-o", &file]);
+        assert_eq!(code, Some(0), "{stderr}");
+        let job = weightcast::config::JobConfig::read(&path).expect("a job");
+        assert_eq!(job.job.ranks_per_node.map(std::num::NonZeroU32::get), Some(devices));
+        let (code, _, stderr) = weightcast(&["launch", &file]);
+        assert_eq!(code, Some(78), "{stderr}");
+        assert!(stderr.contains("load.device: ") && stderr.contains("NVIDIA"), "{stderr}");
+    }
+}
+
+/// For a machine like this one, the job runs as it was written: all ranks, and to the end.
+#[test]
+fn a_recommended_job_runs_unchanged() {
+    let model = concat!(env!("CARGO_MANIFEST_DIR"), "/tests/data/tiny-llama");
+    let words = concat!(env!("CARGO_MANIFEST_DIR"), "/tests/data/devils-dictionary.jsonl");
+    let place = tempfile::tempdir().expect("a directory");
+    let data = place.path().join("some.jsonl");
+    let text = std::fs::read_to_string(words).expect("the data");
+    let some: String = text.lines().take(40).flat_map(|line| [line, "\n"]).collect();
+    std::fs::write(&data, some).expect("written");
+    let (path, data) = (place.path().join("job.toml"), data.display().to_string());
+    let file = path.display().to_string();
+    let asked = ["--model", model, "--gpus", "none", "--ranks", "2", "--train", "qlora", "--sequence", "64"];
+    let (code, stdout, stderr) = cli(&[&asked[..], &["--data", &data, "--recommend", "-o", &file]].concat());
+    assert_eq!(code, Some(0), "{stderr}");
+    assert!(stderr.contains("this host without devices, ") && stdout.contains("batch 16 over all ranks, 8 at a time"));
+    let job = weightcast::config::JobConfig::read(&path).expect("a job");
+    assert_eq!((job.load.device, job.quantization.format), (DeviceWish::Cpu, QuantizationFormat::Nf4));
+    let (code, _, stderr) = weightcast(&["launch", &file]);
+    assert_eq!(code, Some(0), "{stderr}");
+    assert!(stderr.contains("on 2 ranks") && stderr.contains("committed step-"), "{stderr}");
+    assert!(place.path().join("job-checkpoints").is_dir());
 }

@@ -15,6 +15,10 @@ pub struct LaunchArgs {
     /// Ranks on each node: a number, `gpu`, `cpu`, or `auto` (GPUs if there are any) [default: 1]
     #[arg(long, alias = "nproc_per_node", value_name = "N|auto|cpu|gpu")]
     pub nproc_per_node: Option<String>,
+    /// Ranks of each node where neither flag, environment nor scheduler says, as a program that embeds the launcher has it; 1
+    /// without.
+    #[arg(skip)]
+    pub default_nproc_per_node: Option<u32>,
     /// Which node this is, from 0
     #[arg(long, alias = "node_rank", value_name = "N")]
     pub node_rank: Option<String>,

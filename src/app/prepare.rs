@@ -72,7 +72,7 @@ pub enum PrepareError {
     #[error(transparent)]
     Plan(#[from] PlanError),
     /// There are no such devices.
-    #[error(transparent)]
+    #[error("load.device: {0}")]
     Device(#[from] DeviceError),
     /// The cache cannot be used.
     #[error(transparent)]

@@ -218,9 +218,9 @@ pub struct CoordinatorFlags {
 /// `weightcast plan`
 #[derive(Debug, Args)]
 pub struct PlanFlags {
-    /// The number of ranks
-    #[arg(long, default_value_t = 1, value_parser = clap::value_parser!(u32).range(1..=4096))]
-    pub ranks: u32,
+    /// The number of ranks; the job file's by default, else 1
+    #[arg(long, value_parser = clap::value_parser!(u32).range(1..=4096))]
+    pub ranks: Option<u32>,
     /// The job, instead of or over a job file
     #[command(flatten)]
     pub job: JobOverrides,
@@ -232,6 +232,13 @@ pub struct PlanFlags {
     pub json: bool,
     /// A job file, or a model's profile such as llama-2-7b
     pub job_file: Option<PathBuf>,
+}
+
+impl PlanFlags {
+    /// The number of ranks: as the flag says, else as the job file does.
+    pub(super) fn ranks(&self, config: &JobConfig) -> u32 {
+        self.ranks.or(config.job.ranks_per_node.map(std::num::NonZeroU32::get)).unwrap_or(1)
+    }
 }
 
 /// Flags that stand for entries of a job file.

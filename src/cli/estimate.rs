@@ -7,17 +7,20 @@ use clap::{Args, ValueEnum};
 use serde_json::json;
 
 use super::args::PlanFlags;
+use super::machine::{Machine, MachineFlags};
 use super::output::{bytes, data, fail, json as print_json, say};
+use super::recommend::{JobOf, TrainOf};
 use crate::adapter::{AdapterConfig, TargetModules};
 use crate::app::peek_model;
 use crate::config::{ConfigError, JobConfig, QuantizationConfig};
 use crate::error::{Classify, Kind};
 use crate::estimate::{
-    Attention, EstimateError, Fit, Fitted, MemoryKind, Method, ModelProfile, Optimizer, Picture, ProfileError,
+    Advice, Attention, EstimateError, Fit, Fitted, MemoryKind, Method, ModelProfile, Optimizer, Picture, ProfileError,
     ProfileFields, Purpose, RankEstimate, TrainEngine, Training, Workload, recommend,
 };
 use crate::model::Skeleton;
 use crate::plan::{DTypeRule, Placement, QuantizationRule};
+use crate::store::{absolute, is_remote};
 use crate::types::{DType, WorldSize, as_f64, as_u64};
 
 /// Flags that say what is estimated.
@@ -60,9 +63,9 @@ pub struct EstimateFlags {
     /// The output head is the embedding
     #[arg(long, requires = "arch")]
     tied: bool,
-    /// Memory of each device in GiB, one rank for each, such as 24,12
-    #[arg(long, value_name = "GIB", value_delimiter = ',', value_parser = gibibytes, allow_hyphen_values = true)]
-    gpus: Vec<u64>,
+    /// What it is to run on.
+    #[command(flatten)]
+    machine: MachineFlags,
     /// Estimate training: all weights, an adapter, or an adapter over quantized weights (NF4 unless --quantize says another)
     #[arg(long, value_enum, value_name = "METHOD", conflicts_with = "inference")]
     train: Option<TrainMethod>,
@@ -88,7 +91,7 @@ pub struct EstimateFlags {
     #[arg(long)]
     exact_attention: bool,
     /// Keep parameters and optimizer in host memory, with devices
-    #[arg(long, requires = "gpus")]
+    #[arg(long)]
     offload: bool,
     /// Draw the memory of each rank as a bar
     #[arg(long)]
@@ -96,12 +99,16 @@ pub struct EstimateFlags {
     /// Write a picture of it as an SVG file, with the layers by device
     #[arg(long, value_name = "FILE")]
     svg: Option<PathBuf>,
-    /// Recommend placement, quantization and batch for the devices, with reasons, and the like for other tools
-    #[arg(long, requires = "gpus")]
+    /// Recommend strategy, placement, quantization, readers and batch, with reasons, and the like for other tools; for this
+    /// host unless flags describe another
+    #[arg(long)]
     recommend: bool,
     /// Write a job file that follows the recommendation
     #[arg(long, short, value_name = "FILE", requires = "recommend")]
     output: Option<PathBuf>,
+    /// What a recommended job trains on: text or JSONL
+    #[arg(long, value_name = "FILE", requires_all = ["recommend", "train"])]
+    data: Option<PathBuf>,
 }
 
 /// What is trained.
@@ -126,18 +133,6 @@ enum Moments {
     EightBit,
     /// The parameters' own type
     Bf16,
-}
-
-fn gibibytes(text: &str) -> Result<u64, String> {
-    let expected = || format!("expected GiB above 0, such as 24 or 11.5, found {text:?}");
-    let number: f64 = text.trim().parse().map_err(|_| expected())?;
-    let held = number * as_f64(1 << 30);
-    if !(held >= 1.0 && held < as_f64(1 << 50)) {
-        return Err(expected());
-    }
-    #[expect(clippy::cast_possible_truncation, clippy::cast_sign_loss, reason = "positive and below 2^50, as checked")]
-    let whole = held as u64;
-    Ok(whole)
 }
 
 /// Why there is no estimate.
@@ -180,7 +175,8 @@ pub(super) fn is_asked(flags: &PlanFlags) -> bool {
         || estimate.arch.is_some()
         || estimate.train.is_some()
         || estimate.inference
-        || !estimate.gpus.is_empty();
+        || estimate.recommend
+        || estimate.machine.is_given();
     by_flags || named(flags).is_some_and(|name| !Path::new(name).exists() && ModelProfile::published(name).is_ok())
 }
 
@@ -192,7 +188,8 @@ fn named(flags: &PlanFlags) -> Option<&str> {
 pub(super) fn run(flags: &PlanFlags) -> u8 {
     let estimated = job(flags).and_then(|config| {
         let subject = subject(flags, &config)?;
-        answer(flags, config, &subject)
+        let machine = flags.estimate.machine.machine(flags.estimate.recommend)?;
+        answer(flags, config, &subject, &machine)
     });
     match estimated {
         Ok(code) => code,
@@ -236,9 +233,12 @@ fn subject(flags: &PlanFlags, config: &JobConfig) -> Result<Subject, Refusal> {
     }
     let (source, _) = peek_model(name, &super::output::download)?;
     let dtype = source.index.tensors.values().map(|entry| entry.dtype).find(|dtype| dtype.is_weight_float());
+    // A job file may lie elsewhere.
+    let is_here = !is_remote(Path::new(name)) && Path::new(name).exists();
+    let local = || absolute(Path::new(name)).display().to_string();
     Ok(Subject {
         name: name.to_owned(),
-        source: name.to_owned(),
+        source: if is_here { local() } else { name.to_owned() },
         skeleton: source.skeleton,
         dtype: dtype.unwrap_or(DType::BF16),
     })
@@ -281,14 +281,24 @@ fn fields(flags: &EstimateFlags, arch: &str) -> ProfileFields {
 }
 
 /// What the flags ask for, of a model whose weights are `dtype`.
-fn workload(flags: &PlanFlags, mut config: JobConfig, subject: &Subject) -> Result<Workload, Refusal> {
+fn workload(
+    flags: &PlanFlags,
+    mut config: JobConfig,
+    subject: &Subject,
+    machine: &Machine,
+) -> Result<Workload, Refusal> {
     let estimate = &flags.estimate;
-    let devices = as_u64(estimate.gpus.len());
-    if devices > 0 && flags.ranks > 1 && u64::from(flags.ranks) != devices {
-        let (key, expected) = ("ranks", "as many as --gpus names devices");
-        return Err(ConfigError::Value { key, expected, found: flags.ranks.to_string() }.into());
+    let devices = as_u64(machine.device_bytes.len());
+    let ranks = flags.ranks(&config);
+    if devices > 0 && ranks > 1 && u64::from(ranks) != devices {
+        let (key, expected) = ("ranks", "as many as there are devices");
+        return Err(ConfigError::Value { key, expected, found: ranks.to_string() }.into());
     }
-    let ranks = if devices > 0 { u32::try_from(devices).unwrap_or(u32::MAX) } else { flags.ranks };
+    if devices == 0 && estimate.offload {
+        let (key, expected) = ("offload", "devices, by --gpus or --max-memory");
+        return Err(ConfigError::Value { key, expected, found: "none".to_owned() }.into());
+    }
+    let ranks = if devices > 0 { u32::try_from(devices).unwrap_or(u32::MAX) } else { ranks };
     let attention = if estimate.exact_attention { Attention::Exact } else { Attention::Flash };
     let on_devices = devices > 0;
     let training = estimate.train.map(|method| Training {
@@ -296,7 +306,12 @@ fn workload(flags: &PlanFlags, mut config: JobConfig, subject: &Subject) -> Resu
             TrainMethod::Full => Method::Full,
             _ => Method::Lora(Box::new(AdapterConfig::new(estimate.lora_rank, 16.0, TargetModules::AllLinear))),
         },
-        engine: if on_devices { TrainEngine::PyTorch { offload: estimate.offload } } else { TrainEngine::Weightcast },
+        // What is recommended is a job of this project.
+        engine: if on_devices && !estimate.recommend {
+            TrainEngine::PyTorch { offload: estimate.offload }
+        } else {
+            TrainEngine::Weightcast
+        },
         optimizer: match estimate.moments {
             Moments::F32 => Optimizer::F32,
             Moments::EightBit => Optimizer::EightBit,
@@ -311,7 +326,7 @@ fn workload(flags: &PlanFlags, mut config: JobConfig, subject: &Subject) -> Resu
         config.quantization.double = true;
         quantization = config.quantization_rule()?;
     }
-    let dtype = match (config.dtype_rule()?, on_devices && training.is_some()) {
+    let dtype = match (config.dtype_rule()?, on_devices && training.is_some() && !estimate.recommend) {
         // PyTorch's trainer computes and keeps in bf16.
         (DTypeRule::Keep, true) => DTypeRule::Convert(DType::BF16),
         (rule, _) => rule,
@@ -344,15 +359,19 @@ fn workload(flags: &PlanFlags, mut config: JobConfig, subject: &Subject) -> Resu
 }
 
 /// Prints the estimate, and gives the exit code: that of exhausted memory when it does not fit.
-fn answer(flags: &PlanFlags, config: JobConfig, subject: &Subject) -> Result<u8, Refusal> {
+fn answer(flags: &PlanFlags, config: JobConfig, subject: &Subject, machine: &Machine) -> Result<u8, Refusal> {
     let asked = config.quantization.clone();
-    let workload = workload(flags, config, subject)?;
+    let workload = workload(flags, config, subject, machine)?;
     if flags.estimate.recommend {
-        return recommended(flags, subject, &workload, &asked);
+        return recommended(flags, (subject, machine), &workload, &asked);
     }
-    let given = !flags.estimate.gpus.is_empty();
-    // Without devices it is asked how much, not whether.
-    let budget_bytes = if given { flags.estimate.gpus.clone() } else { vec![u64::MAX] };
+    let given = !machine.device_bytes.is_empty() || machine.host_bytes.is_some();
+    let budget_bytes = match (machine.device_bytes.is_empty(), machine.host_bytes) {
+        (false, _) => machine.device_bytes.clone(),
+        (true, Some(bytes)) => vec![bytes / u64::from(workload.world.get())],
+        // Without any it is asked how much, not whether.
+        (true, None) => vec![u64::MAX],
+    };
     let fit = Fit { skeleton: &subject.skeleton, workload, budget_bytes };
     let fitted = fit.answer()?;
     let fits = fitted.fits();
@@ -424,20 +443,44 @@ fn draw(flags: &EstimateFlags, subject: &Subject, fit: &Fit<'_>, fitted: &Fitted
 
 fn recommended(
     flags: &PlanFlags,
-    subject: &Subject,
+    (subject, machine): (&Subject, &Machine),
     workload: &Workload,
     asked: &QuantizationConfig,
 ) -> Result<u8, Refusal> {
-    let Some(found) = recommend(&subject.skeleton, workload, &flags.estimate.gpus)? else {
-        say("does not fit: neither int8 nor NF4, nor layers on these devices make it fit");
-        return Ok(Kind::Exhausted.exit_code());
+    let estimate = &flags.estimate;
+    if estimate.output.is_some() && estimate.train.is_some() && estimate.data.is_none() {
+        let (key, expected) = ("data", "--data FILE, what the job trains on, because --output writes a job that runs");
+        return Err(ConfigError::Value { key, expected, found: "nothing".to_owned() }.into());
+    }
+    if let Some(found) = &machine.found {
+        say(found);
+    }
+    let around = estimate.machine.surroundings(machine, &subject.source);
+    let found = match recommend(&subject.skeleton, workload, &around)? {
+        Advice::Run(found) => found,
+        Advice::Nothing { over_bytes, change } => {
+            let advice = change.map_or_else(
+                || "no single change would make it fit".to_owned(),
+                |change| format!("the smallest change that would make it fit: {change}"),
+            );
+            let over = bytes(over_bytes);
+            say(&format!("does not fit in any placement or quantization: {over} too much at least; {advice}"));
+            return Ok(Kind::Exhausted.exit_code());
+        }
     };
-    if let Some(path) = &flags.estimate.output {
-        let text = super::recommend::job_file(&found, &subject.source, asked);
-        let failed =
-            |error: std::io::Error| ConfigError::File { path: path.display().to_string(), message: error.to_string() };
-        super::recommend::write(path, &text).map_err(failed)?;
-        say(&format!("written    {}", path.display()));
+    if let Some(path) = &estimate.output {
+        let failed = |message: String| ConfigError::File { path: path.display().to_string(), message };
+        let stem = path.file_stem().map_or_else(|| "job".to_owned(), |stem| stem.to_string_lossy().into_owned());
+        let train = estimate.data.as_deref().map(|data| TrainOf {
+            full: estimate.train == Some(TrainMethod::Full),
+            lora_rank: estimate.lora_rank,
+            data,
+            checkpoints: format!("{stem}-checkpoints"),
+        });
+        let job = JobOf { source: &subject.source, quantization: asked, train };
+        let text = super::recommend::job_file(&found, &job).map_err(|error| failed(error.to_string()))?;
+        super::recommend::write(path, &text).map_err(|error| failed(error.to_string()))?;
+        say(&format!("written    {}, for `weightcast launch {}`", path.display(), path.display()));
     }
     super::recommend::print(&found, flags.json);
     Ok(0)
@@ -470,21 +513,6 @@ fn print(subject: &Subject, fit: &Fit<'_>, fitted: &Fitted) {
         if let Some(budget) = budget {
             let word = if *over == 0 { "fits" } else { "does not fit" };
             say(&format!("rank {}: {word} in {}", rank.rank, bytes(*budget)));
-        }
-    }
-}
-
-#[cfg(test)]
-mod tests {
-    use super::*;
-
-    #[test]
-    fn gibibytes_are_read_and_refused() {
-        assert_eq!(gibibytes("24"), Ok(24 << 30));
-        assert_eq!(gibibytes("11.5"), Ok(23 << 29));
-        for text in ["0", "-1", "NaN", "inf", "", "24GB"] {
-            let message = gibibytes(text).expect_err("no memory");
-            assert!(message.contains("expected GiB above 0"), "{message}");
         }
     }
 }

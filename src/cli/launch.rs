@@ -69,7 +69,8 @@ pub(super) fn run(flags: LaunchFlags) -> u8 {
         return super::EXIT_USAGE;
     }
     job.apply(&mut config);
-    let launch = LaunchArgs { command: Vec::new(), ..launch };
+    let default_nproc_per_node = config.job.ranks_per_node.map(std::num::NonZeroU32::get);
+    let launch = LaunchArgs { command: Vec::new(), default_nproc_per_node, ..launch };
     run_job(config, launch, json)
 }
 

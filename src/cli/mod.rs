@@ -15,6 +15,7 @@ mod estimate;
 mod forward;
 mod job;
 mod launch;
+mod machine;
 mod model;
 mod model_cache;
 mod output;

@@ -21,7 +21,7 @@ pub(super) fn run(flags: &PlanFlags) -> u8 {
         Err(error) => return fail(&error),
     };
     flags.job.clone().apply(&mut config);
-    let world = WorldSize::new(flags.ranks).unwrap_or(WorldSize::ONE);
+    let world = WorldSize::new(flags.ranks(&config)).unwrap_or(WorldSize::ONE);
     let (prepared, peeked) = match prepare_peek(&config, world, available_memory_bytes()) {
         Ok(prepared) => prepared,
         Err(error) => return refuse(&error),

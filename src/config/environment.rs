@@ -1,7 +1,7 @@
 //! The environment of a worker, as the launcher or a scheduler gives it, and a few facts of the host.
 
 use std::net::IpAddr;
-use std::path::PathBuf;
+use std::path::{Path, PathBuf};
 use std::str::FromStr;
 
 use crate::error::{Classify, Kind};
@@ -152,12 +152,42 @@ pub fn available_memory_bytes() -> Option<u64> {
     let text = std::fs::read("/proc/meminfo").ok()?;
     let text = String::from_utf8_lossy(&text).into_owned();
     let line = text.lines().find_map(|line| line.strip_prefix("MemAvailable:"))?;
-    line.trim().strip_suffix("kB")?.trim().parse::<u64>().ok().map(|kilobytes| kilobytes * 1024)
+    let bytes = line.trim().strip_suffix("kB")?.trim().parse::<u64>().ok()? * 1024;
+    Some(bytes.min(left_of_control_group(Path::new("/sys/fs/cgroup")).unwrap_or(u64::MAX)))
+}
+
+/// What the limit of this container leaves (cgroup v2): `memory.max` without `memory.current`, of which pages of files that
+/// nobody uses are given back when they are needed. Nothing where there is no limit.
+fn left_of_control_group(directory: &Path) -> Option<u64> {
+    #[expect(clippy::disallowed_methods, reason = "a fact of the host, not a file of data")]
+    let read = |name: &str| String::from_utf8(std::fs::read(directory.join(name)).ok()?).ok();
+    // `max` stands for no limit, and is no number.
+    let limit: u64 = read("memory.max")?.trim().parse().ok()?;
+    let used: u64 = read("memory.current")?.trim().parse().ok()?;
+    let stat = read("memory.stat").unwrap_or_default();
+    let files = stat.lines().find_map(|line| line.strip_prefix("inactive_file ")?.parse::<u64>().ok()).unwrap_or(0);
+    Some(limit.saturating_sub(used.saturating_sub(files)))
 }
 
 #[cfg(test)]
 mod tests {
     use super::*;
+
+    /// By hand: 1000 of which 600 are used, 250 of those by files: 650 are left.
+    #[test]
+    #[expect(clippy::disallowed_methods, reason = "a test writes what the kernel would")]
+    fn a_container_has_what_its_limit_leaves() {
+        let place = tempfile::tempdir().expect("a directory");
+        let write = |name: &str, text: &str| std::fs::write(place.path().join(name), text).expect("written");
+        assert_eq!(left_of_control_group(place.path()), None);
+        write("memory.max", "max\n");
+        write("memory.current", "600\n");
+        assert_eq!(left_of_control_group(place.path()), None);
+        write("memory.max", "1000\n");
+        assert_eq!(left_of_control_group(place.path()), Some(400));
+        write("memory.stat", "anon 300\ninactive_file 250\n");
+        assert_eq!(left_of_control_group(place.path()), Some(650));
+    }
 
     #[test]
     fn what_is_missing_or_wrong_is_named() {

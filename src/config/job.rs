@@ -46,10 +46,12 @@ pub struct JobConfig {
 
 /// `[job]`: the job as a whole.
 #[derive(Clone, Debug, Default, PartialEq, Eq, Deserialize)]
-#[serde(deny_unknown_fields, default)]
+#[serde(deny_unknown_fields, rename_all = "kebab-case", default)]
 pub struct JobSection {
     /// Its name; the model's by default.
     pub name: Option<String>,
+    /// Ranks of each node, where neither `--nproc-per-node` nor a scheduler says; 1 by default.
+    pub ranks_per_node: Option<std::num::NonZeroU32>,
     /// Keep the ranks resident when the work is done.
     pub hold: bool,
 }

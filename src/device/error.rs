@@ -55,7 +55,6 @@ pub enum DeviceError {
 impl Classify for DeviceError {
     fn kind(&self) -> Kind {
         match self {
-            Self::NoDriver { .. } | Self::NoDevice { .. } => Kind::NotFound,
             Self::Driver { .. } => Kind::Unavailable,
             Self::OutOfMemory { .. } => Kind::Exhausted,
             Self::WrongDevice { .. }
@@ -63,7 +62,8 @@ impl Classify for DeviceError {
             | Self::OutOfRange { .. }
             | Self::Misaligned { .. } => Kind::Internal,
             Self::Quant { source } => source.kind(),
-            Self::TooFewDevices { .. } => Kind::Conflict,
+            // The environment cannot do what was asked.
+            Self::NoDriver { .. } | Self::NoDevice { .. } | Self::TooFewDevices { .. } => Kind::Conflict,
         }
     }
 }

@@ -68,10 +68,11 @@ pub fn trained_tensors(skeleton: &Skeleton, method: &Method) -> Result<Vec<(Fqn,
     Ok(tensors)
 }
 
-/// Weights and statistics that `rank` keeps, in bytes without padding.
+/// Weights and statistics that `rank` keeps, in bytes without padding; of what streams, nothing.
 pub(super) fn kept(plan: &LoadPlan, rank: Rank) -> (u64, u64) {
     let (mut weights, mut statistics) = (0, 0);
-    for holding in plan.tensors.iter().flat_map(|tensor| tensor.holdings(rank, plan.world)) {
+    let resident = plan.tensors.iter().filter(|tensor| !plan.streams(tensor));
+    for holding in resident.flat_map(|tensor| tensor.holdings(rank, plan.world)) {
         match holding.component.part {
             Part::Weight => weights += holding.kept.len(),
             _ => statistics += holding.kept.len(),

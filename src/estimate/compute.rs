@@ -7,7 +7,9 @@ use super::sizes::{self, Block};
 use super::workload::{Attention, MemoryKind, Method, Purpose, TrainEngine, Training, Workload};
 use super::{NCCL_BYTES, RESERVED_PERCENT, pytorch};
 use crate::model::{ModelConfig, ModelHead, Skeleton};
-use crate::plan::{CUDA_CONTEXT_BYTES, LoadPlan, Placement, QuantizationRule, StepSizes, TrainMemory, state_plan};
+use crate::plan::{
+    CUDA_CONTEXT_BYTES, LoadPlan, Placement, QuantizationRule, StepSizes, Strategy, TrainMemory, state_plan,
+};
 use crate::types::{DType, Fqn, Rank, Shape};
 
 /// The memory of every rank for `workload` with the model of `skeleton`.
@@ -161,21 +163,28 @@ fn own_trainer(
     let of = |rank| {
         let loading = load(plan, rank);
         let train = TrainMemory::new(plan, &state, &sizes, rank);
-        if train.total_bytes() < loading.window_bytes {
+        let on_device = loading.context_bytes > 0;
+        let streams = plan.strategy == Strategy::Streaming;
+        let window = plan.memory(rank).window_bytes;
+        if !on_device && !streams && train.total_bytes() < loading.window_bytes {
             // The window is free again before training begins, so the larger of both counts.
             return loading;
         }
-        let on_device = loading.context_bytes > 0;
         RankEstimate {
             moment: Moment::LastBlock,
             parameter_bytes: train.parameters_bytes,
             gradient_bytes: train.gradient_bytes,
-            optimizer_bytes: train.optimizer_bytes,
-            snapshot_bytes: train.snapshot_bytes,
+            optimizer_bytes: if on_device { 0 } else { train.optimizer_bytes },
+            snapshot_bytes: if on_device { 0 } else { train.snapshot_bytes },
             block_bytes: train.activation_bytes,
             gather_bytes: train.block_bytes,
-            window_bytes: 0,
-            host_bytes: if on_device { loading.host_bytes + train.total_bytes() } else { 0 },
+            // What streams is read while the rank trains.
+            window_bytes: if streams { window } else { 0 },
+            host_bytes: if on_device {
+                loading.host_bytes - window + window.max(train.beside_device_bytes())
+            } else {
+                0
+            },
             ..loading
         }
         .summed()

@@ -15,12 +15,14 @@ mod compute;
 mod device_map;
 mod error;
 mod fit;
+mod other_tools;
 mod picture;
 mod profile;
 mod pytorch;
 mod recommend;
 mod report;
 mod sizes;
+mod surroundings;
 mod workload;
 
 pub use base::{plan_without_files, trained_tensors};
@@ -28,10 +30,12 @@ pub use compute::estimate;
 pub use device_map::{DeviceMap, DeviceMapError, Objective, Place, Unit};
 pub use error::EstimateError;
 pub use fit::{Change, Fit, Fitted, OffloadGain};
+pub use other_tools::OtherTool;
 pub use picture::Picture;
 pub use profile::{ModelProfile, ProfileError, ProfileFields};
-pub use recommend::{OtherTool, Recommendation, recommend};
+pub use recommend::{Advice, Recommendation, recommend};
 pub use report::{Estimate, Moment, RankEstimate};
+pub use surroundings::{LOCAL_BYTES_PER_SECOND, Storage, Surroundings};
 pub use workload::{Attention, MemoryKind, Method, Optimizer, Purpose, TrainEngine, Training, Workload};
 
 /// What PyTorch's caching allocator has reserved for 100 bytes that are allocated at the worst moment.

@@ -87,7 +87,8 @@ pub enum Method {
 /// The program that trains.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub enum TrainEngine {
-    /// This project's trainer: f32, on the host; base and optimizer are cut over the ranks as its plan says.
+    /// This project's trainer: f32, where the weights are; base and optimizer are cut over the ranks as its plan says, and the
+    /// optimizer's rows lie in host memory.
     Weightcast,
     /// PyTorch in pure bf16 on CUDA devices: FSDP with full sharding for [`Placement::Shard`], data parallel for
     /// [`Placement::Replicate`]; quantized layers are bitsandbytes'.

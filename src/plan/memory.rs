@@ -68,8 +68,8 @@ pub struct RankMemory {
     pub padding_bytes: u64,
     /// Bytes in flight while it reads; 0 for a rank that does not read.
     pub window_bytes: u64,
-    /// What training takes beside the weights; 0 for a job that does not train. It comes after the load, when the window is
-    /// free again.
+    /// What training takes of the host's memory beside the weights; 0 for a job that does not train. It comes after the load,
+    /// when the window is free again.
     #[serde(default)]
     pub training_bytes: u64,
     /// [`PROCESS_OVERHEAD_BYTES`], beside other ranks [`STAGING_BYTES`], and with a device [`CUDA_HOST_BYTES`].
@@ -77,7 +77,8 @@ pub struct RankMemory {
     /// The most host memory that the rank needs at any time: all of the above, the larger of window and training, without weights and padding
     /// when they lie on a device.
     pub peak_host_bytes: u64,
-    /// The most device memory that it needs: weights, padding and [`CUDA_CONTEXT_BYTES`]; 0 without a device.
+    /// The most device memory that it needs: weights, padding, [`CUDA_CONTEXT_BYTES`] and what a step of training computes
+    /// with; 0 without a device.
     pub peak_device_bytes: u64,
 }
 
@@ -136,12 +137,17 @@ impl LoadPlan {
         let window = if self.reads(rank) { self.window_bytes() } else { 0 };
         let on_device = self.device.device == DeviceWish::Cuda;
         let training = self.train.as_ref().and_then(|train| train.memory.get(rank.index()));
-        let training = training.map_or(0, super::TrainMemory::total_bytes);
+        let (training, on_device_training) = match training {
+            Some(train) if on_device => (train.beside_device_bytes(), train.device_bytes()),
+            Some(train) => (train.total_bytes(), 0),
+            None => (0, 0),
+        };
         // What streams is read while the rank trains.
         let training = if self.strategy == Strategy::Streaming { training + window } else { training };
         let staging = if self.world.get() > 1 { STAGING_BYTES } else { 0 };
         let overhead = PROCESS_OVERHEAD_BYTES + staging + if on_device { CUDA_HOST_BYTES } else { 0 };
-        let (host, device) = if on_device { (0, padded + CUDA_CONTEXT_BYTES) } else { (padded, 0) };
+        let (host, device) =
+            if on_device { (0, padded + CUDA_CONTEXT_BYTES + on_device_training) } else { (padded, 0) };
         RankMemory {
             rank,
             weights_bytes: weights,

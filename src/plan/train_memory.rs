@@ -66,6 +66,19 @@ impl TrainMemory {
             + self.activation_bytes
     }
 
+    /// What of it lies on the device of a rank that computes there: what a step computes with.
+    #[must_use]
+    pub const fn device_bytes(&self) -> u64 {
+        self.parameters_bytes + self.gradient_bytes + self.block_bytes + self.activation_bytes
+    }
+
+    /// What of it lies in host memory then: this rank's rows of the optimizer, the snapshot, and gradients on their way to
+    /// other ranks, which go through the host.
+    #[must_use]
+    pub const fn beside_device_bytes(&self) -> u64 {
+        self.optimizer_bytes + self.snapshot_bytes + self.gradient_bytes
+    }
+
     /// Of `rank` that trains the state `state` over `base`.
     #[must_use]
     pub fn new(base: &LoadPlan, state: &LoadPlan, sizes: &StepSizes, rank: Rank) -> Self {

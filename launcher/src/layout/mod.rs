@@ -107,7 +107,11 @@ pub fn resolve(args: &LaunchArgs, environment: &Environment) -> Result<Layout, L
         });
     }
     let task = placement.as_ref().and_then(|place| place.task).filter(|_| nnodes > 1);
-    let nproc_per_node = ranks_here(setting("--nproc-per-node", &args.nproc_per_node), task, environment)?;
+    let wanted = setting("--nproc-per-node", &args.nproc_per_node).or_else(|| {
+        let text = args.default_nproc_per_node.filter(|_| task.is_none())?.to_string();
+        Some(Setting { origin: "the job".to_owned(), text })
+    });
+    let nproc_per_node = ranks_here(wanted, task, environment)?;
     let world_size = nnodes.checked_mul(nproc_per_node).ok_or_else(too_many_ranks)?;
 
     // What the scheduler and MASTER_* say of a larger job is not for one node that stands aside from it.
