@@ -23,6 +23,9 @@ pub(super) struct MachineFlags {
     /// What the storage of the model's files gives, in MB per second
     #[arg(long, value_name = "N", value_parser = clap::value_parser!(u64).range(1..=1_000_000))]
     storage_mb_per_second: Option<u64>,
+    /// Processors of the host; this host's by default
+    #[arg(long, value_name = "N", value_parser = clap::value_parser!(u32).range(1..=65536))]
+    processors: Option<u32>,
 }
 
 #[derive(Clone, Copy, Debug, PartialEq)]
@@ -131,7 +134,7 @@ impl MachineFlags {
 
     /// The machine with what the model's files at `source` are read from.
     pub(super) fn surroundings(&self, machine: &Machine, source: &str) -> Surroundings {
-        let processors = std::thread::available_parallelism().map_or(1, std::num::NonZero::get);
+        let here = || std::thread::available_parallelism().map_or(1, std::num::NonZero::get);
         let given = self.storage_mb_per_second.map(|megabytes| megabytes * 1_000_000);
         let storage = match given {
             None if is_remote(Path::new(source)) => Storage::Remote,
@@ -140,7 +143,7 @@ impl MachineFlags {
         Surroundings {
             device_bytes: machine.device_bytes.clone(),
             host_bytes: machine.host_bytes,
-            processors: u32::try_from(processors).unwrap_or(1),
+            processors: self.processors.unwrap_or_else(|| u32::try_from(here()).unwrap_or(1)),
             storage,
         }
     }
