@@ -9,6 +9,7 @@ use tokio::signal::unix::{SignalKind, signal};
 use super::launch::{Audience, JOIN_DEADLINE, job_record, write_output};
 use super::model_export::ModelExportError;
 use super::prepare::{PrepareError, Prepared};
+use super::queue::{RanksAre, job_maker};
 use super::running::{RunFile, RunFileError};
 use super::train_output::{OutputPlace, RunOutput};
 use crate::cache::CacheClaim;
@@ -165,6 +166,7 @@ pub async fn coordinate(
     };
     (audience.note)(&format!("coordinator of job {} listens on {}", record.job, listener.address()));
     let output = OutputPlace::of(&record);
+    let jobs = job_maker(record.after_load.then, listener.address(), RanksAre::Anywhere);
     let directory = RunFile::directory()?;
     announce(&record, listener.address(), &token, &directory)?;
     // When only the end is left to be told, ranks that lost the coordinator before this one are still on their way here.
@@ -176,6 +178,7 @@ pub async fn coordinate(
         journal: journal.clone(),
         is_restartable: true,
         left,
+        jobs,
     };
     let coordinator = Coordinator::start(config, &mut tasks)?;
     serve(coordinator.clone(), token, listener, &mut tasks);

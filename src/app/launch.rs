@@ -13,13 +13,15 @@ use weightcast_launcher::{
 
 use super::model_export::ModelExportError;
 use super::prepare::Prepared;
+use super::queue::{RanksAre, job_maker};
 use super::running::{RunFile, RunFileError};
 use super::train_output::{OutputPlace, RunOutput};
+use crate::cache::files_id;
 use crate::config::{JobConfig, variable};
 use crate::coordinator::{Coordinator, CoordinatorConfig, CoordinatorError, JobRecord, Journal, JournalError, View};
 use crate::error::{Classify, Kind};
 use crate::load::{LoadReport, logical_digests};
-use crate::membership::{AfterLoad, Phase};
+use crate::membership::{AfterLoad, ExitPolicy, Phase};
 use crate::plan::DeviceRule;
 use crate::rpc::{Listener, ServeError, Token, TokenError, serve};
 use crate::store::absolute;
@@ -135,10 +137,11 @@ async fn launch_in(job: LaunchJob, directory: &Path, audience: Audience) -> Resu
     let listener = Listener::bind(SocketAddr::new(IpAddr::V4(Ipv4Addr::LOCALHOST), 0)).await?;
     let address = listener.address();
     let record = job_record(&config, prepared, address);
+    let jobs = job_maker(record.after_load.then, address, RanksAre::Here);
     let (name, plan, output) = (record.job.to_string(), record.plan.clone(), OutputPlace::of(&record));
     let mut tasks = Tasks::new();
     let coordinator = Coordinator::start(
-        CoordinatorConfig { record, join_deadline: JOIN_DEADLINE, journal, is_restartable: false, left: None },
+        CoordinatorConfig { record, join_deadline: JOIN_DEADLINE, journal, is_restartable: false, left: None, jobs },
         &mut tasks,
     )?;
     serve(coordinator.clone(), token.clone(), listener, &mut tasks);
@@ -158,7 +161,7 @@ async fn launch_in(job: LaunchJob, directory: &Path, audience: Audience) -> Resu
     run_file.write(directory)?;
 
     let mut command = worker_command(&run_file.coordinator, &run_file.token_file, None, Some(plan.device));
-    if plan.train.is_some() {
+    if plan.train.is_some() || config.job.hold {
         command.environment.extend(training_environment(plan.world));
     }
     let mut launch = Launch::with_command(&args, &environment, command)?;
@@ -188,7 +191,12 @@ pub(super) async fn write_output(
 /// The job of a configuration and its plan, whose coordinator listens at `listens`.
 pub(super) fn job_record(config: &JobConfig, prepared: Prepared, listens: SocketAddr) -> JobRecord {
     let name = config.job.name.clone().unwrap_or_else(|| prepared.plan.model.clone());
+    let holds = config.exit_policy() == ExitPolicy::Hold;
+    // What cannot be told apart is loaded again.
+    let base_id = if holds { files_id(&prepared.plan).unwrap_or_default() } else { String::new() };
     JobRecord {
+        number: 0,
+        base_id,
         job: JobId::from(name),
         after_load: AfterLoad {
             save: (config.checkpoint.save && prepared.resumed_from.is_none()).then_some(prepared.step),

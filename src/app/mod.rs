@@ -24,6 +24,7 @@ mod model_export;
 mod new_model;
 mod prepare;
 mod pull;
+mod queue;
 mod quality;
 mod remote_model;
 mod run_tensors;

@@ -45,6 +45,21 @@ pub(super) fn key(plan: &LoadPlan) -> Result<String, CacheError> {
     Ok(hex(&Sha256::digest(text), 16))
 }
 
+/// What tells the files of `plan`, and of the models beside it, from others of the same names and sizes; empty when nothing
+/// does.
+pub(super) fn files_id(plan: &LoadPlan) -> Result<String, CacheError> {
+    let mut versions = Vec::new();
+    for plan in std::iter::once(plan).chain(plan.others.iter().map(|other| &other.plan)) {
+        match (plan.versions.is_empty(), crate::store::is_remote(&plan.root)) {
+            (false, _) => versions.extend_from_slice(&plan.versions),
+            (true, false) => versions.extend(local_versions(plan)?),
+            (true, true) => return Ok(String::new()),
+        }
+    }
+    let text = serde_json::to_vec(&versions).expect("strings always become JSON");
+    Ok(hex(&Sha256::digest(text), 16))
+}
+
 /// The first `bytes` of a digest in hexadecimal digits.
 pub(super) fn hex(digest: &[u8], bytes: usize) -> String {
     digest.iter().take(bytes).fold(String::new(), |mut text, byte| {

@@ -25,6 +25,15 @@ mod tests;
 pub(crate) use entry::discard;
 pub use entry::{CacheClaim, CachePlace, Found, attach};
 pub use error::CacheError;
+
+/// What tells the files of a plan from others of the same names and sizes: their versions, or of local files the times of their
+/// last changes and samples of their content. Empty when nothing does.
+///
+/// # Errors
+/// A file of the model cannot be read.
+pub fn files_id(plan: &crate::plan::LoadPlan) -> Result<String, CacheError> {
+    key::files_id(plan)
+}
 pub use room::{CheckedEntry, ListedEntry, list, make_room, verify};
 pub(crate) use writer::CacheWriter;
 

@@ -81,6 +81,12 @@ pub enum Command {
         #[command(flatten)]
         job: JobFlags,
     },
+    /// Queue a job for the ranks of a job that holds; with the same base nothing is read again
+    Submit(super::queue::SubmitFlags),
+    /// List the jobs of ranks that stay
+    Jobs(JobFlags),
+    /// Take a queued job back, or end the one that trains at its next step; the ranks stay
+    Cancel(super::queue::CancelFlags),
     /// End a running job in an orderly way, with a checkpoint if it has none
     Drain(JobFlags),
     /// Run the main job on a small real model, with a crash in the middle
@@ -399,7 +405,7 @@ pub enum CheckpointCommand {
 }
 
 /// Which running job is meant.
-#[derive(Debug, Args)]
+#[derive(Clone, Debug, PartialEq, Eq, Args)]
 pub struct JobFlags {
     /// The job's name, if several run here
     #[arg(long, value_name = "NAME")]

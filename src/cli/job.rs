@@ -21,7 +21,7 @@ const SAVE_DEADLINE: Duration = Duration::from_secs(3600);
 const SPARKLINE_WIDTH: usize = 64;
 
 #[derive(Debug, thiserror::Error)]
-enum JobError {
+pub(super) enum JobError {
     #[error(transparent)]
     RunFile(#[from] RunFileError),
     #[error(transparent)]
@@ -52,7 +52,7 @@ impl From<tonic::Status> for JobError {
     }
 }
 
-async fn connect(flags: &JobFlags) -> Result<(Clients, Token), JobError> {
+pub(super) async fn connect(flags: &JobFlags) -> Result<(Clients, Token), JobError> {
     let (address, token) = match (&flags.coordinator, &flags.token_file) {
         (Some(address), Some(token)) => (address.clone(), Token::at(token)),
         _ => {
@@ -63,7 +63,7 @@ async fn connect(flags: &JobFlags) -> Result<(Clients, Token), JobError> {
     Ok((Clients::connect(&address).await?, token))
 }
 
-fn block_on<T>(work: impl Future<Output = Result<T, JobError>>) -> Result<T, JobError> {
+pub(super) fn block_on<T>(work: impl Future<Output = Result<T, JobError>>) -> Result<T, JobError> {
     let runtime = tokio::runtime::Builder::new_current_thread().enable_all().build().map_err(JobError::Runtime)?;
     runtime.block_on(work)
 }

@@ -24,6 +24,7 @@ mod progress;
 mod pull;
 mod quality;
 mod quantize;
+mod queue;
 mod recommend;
 mod worker;
 
@@ -67,6 +68,9 @@ pub fn main(arguments: impl Iterator<Item = std::ffi::OsString>) -> u8 {
         Command::Status(flags) => job::status(&flags),
         Command::Save(flags) => job::save(&flags),
         Command::Unload { name, job } => job::unload(&name, &job),
+        Command::Submit(flags) => queue::submit(&flags),
+        Command::Jobs(flags) => queue::jobs(&flags),
+        Command::Cancel(flags) => queue::cancel(&flags),
         Command::Drain(flags) => job::drain(&flags),
         Command::Demo(flags) => demo::run(&flags),
         Command::Bench { command, json } => bench::run(&command, json),

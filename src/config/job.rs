@@ -180,8 +180,15 @@ impl JobConfig {
         #[expect(clippy::disallowed_methods, reason = "the job file is configuration, not data")]
         let text = std::fs::read(path).map_err(|error| failed(error.to_string()))?;
         let text = String::from_utf8(text).map_err(|error| failed(error.to_string()))?;
-        let mut config: Self = toml::from_str(&text).map_err(|error| failed(error.to_string().trim().to_owned()))?;
-        let base = path.parent().unwrap_or_else(|| Path::new(""));
+        Self::parse(&text, path.parent().unwrap_or_else(|| Path::new(""))).map_err(failed)
+    }
+
+    /// Reads the text of a job file whose relative paths start from `base`.
+    ///
+    /// # Errors
+    /// What is wrong, with line and column.
+    pub fn parse(text: &str, base: &Path) -> Result<Self, String> {
+        let mut config: Self = toml::from_str(text).map_err(|error| error.to_string().trim().to_owned())?;
         if let Some(directory) = config.checkpoint.directory.as_mut().filter(|directory| !is_remote(directory)) {
             *directory = base.join(&*directory);
         }

@@ -7,9 +7,14 @@
 //!   by a crash was never announced; it is not used again.
 //! - `end-N.json`: how it ended ([`EndRecord`]), before anybody is told.
 //! - `closed-N`: everybody was told. The next coordinator starts another job.
+//!
+//! `queued-K.json` is a job that waits for resident ranks. When its turn comes it becomes `job-N.json`, which says its number K;
+//! queued jobs of that number and of lower ones are done with.
 
 use std::net::SocketAddr;
 use std::path::{Path, PathBuf};
+use std::sync::Arc;
+use std::sync::atomic::{AtomicU64, Ordering};
 
 use serde::de::DeserializeOwned;
 use serde::{Deserialize, Serialize};
@@ -66,6 +71,12 @@ pub struct JobRecord {
     pub checkpoint_root: Option<PathBuf>,
     /// Where its coordinator listens, which is where its ranks look for it.
     pub listens: SocketAddr,
+    /// Its place among the jobs of its ranks; 0 for the one that they were started with.
+    #[serde(default)]
+    pub number: u64,
+    /// What tells the files of its base from others (`cache::files_id`); empty when nothing does.
+    #[serde(default)]
+    pub base_id: String,
 }
 
 /// A generation.
@@ -100,8 +111,8 @@ pub struct Interrupted {
 pub struct Journal {
     store: LocalStore,
     last: Generation,
-    /// The number of the current job: the first generation that it may have.
-    job: Generation,
+    /// The number of the current job: the first generation that it may have. Of one journal all clones see the same.
+    job: Arc<AtomicU64>,
 }
 
 impl Journal {
@@ -116,7 +127,57 @@ impl Journal {
         let last = Generation(numbers(&names, "generation-", "").max().unwrap_or(0));
         let unclosed =
             numbers(&names, "job-", ".json").max().filter(|job| !names.contains(&format!("closed-{job:09}")));
-        Ok(Self { store, last, job: unclosed.map_or_else(|| last.next(), Generation) })
+        let job = Arc::new(AtomicU64::new(unclosed.unwrap_or(last.next().0)));
+        Ok(Self { store, last, job })
+    }
+
+    /// Whether `generation` is of the job before the one at hand, whose own was not made durable yet.
+    pub(super) fn is_before(&self, generation: Generation) -> bool {
+        generation.0 < self.job()
+    }
+
+    fn job(&self) -> u64 {
+        self.job.load(Ordering::Acquire)
+    }
+
+    /// The jobs that wait, in their order, when the job at hand is `current`.
+    ///
+    /// # Errors
+    /// [`JournalError`].
+    pub fn queued(&self, current: u64) -> Result<Vec<JobRecord>, JournalError> {
+        let names = self.store.list("")?;
+        let mut numbers: Vec<u64> = numbers(&names, "queued-", ".json").filter(|&number| number > current).collect();
+        numbers.sort_unstable();
+        numbers.into_iter().map(|number| self.read(&queued(number))).collect()
+    }
+
+    /// Makes a job durable that waits.
+    ///
+    /// # Errors
+    /// [`JournalError`].
+    pub fn enqueue(&self, record: &JobRecord) -> Result<(), JournalError> {
+        self.publish(&queued(record.number), record)
+    }
+
+    /// Forgets a job that waits.
+    ///
+    /// # Errors
+    /// [`JournalError`].
+    pub fn dequeue(&self, number: u64) -> Result<(), JournalError> {
+        self.store.remove(&queued(number))?;
+        Ok(self.store.sync_dir("")?)
+    }
+
+    /// The job at hand is over, and `record` is the next one, whose first generation will be `first`.
+    ///
+    /// # Errors
+    /// [`JournalError`].
+    pub fn succeed(&self, record: &JobRecord, first: Generation) -> Result<(), JournalError> {
+        // A coordinator that ends between these two goes on with the new job, which is the newest without a `closed`.
+        self.publish(&format!("job-{:09}.json", first.0), record)?;
+        self.close()?;
+        self.job.store(first.0, Ordering::Release);
+        self.dequeue(record.number)
     }
 
     /// The highest generation that was ever given out.
@@ -131,12 +192,13 @@ impl Journal {
     /// [`JournalError`].
     pub fn interrupted(&self) -> Result<Option<Interrupted>, JournalError> {
         let names = self.store.list("")?;
-        let (job, end) = (format!("job-{:09}.json", self.job.0), format!("end-{:09}.json", self.job.0));
+        let (job, end) = (format!("job-{:09}.json", self.job()), format!("end-{:09}.json", self.job()));
         if !names.contains(&job) {
             return Ok(None);
         }
-        let record = self.read(&job)?;
-        let generation = if self.last >= self.job { self.read_generation()? } else { None };
+        let record: JobRecord = self.read(&job)?;
+        // A job of the queue begins with the ranks of the one before it.
+        let generation = if record.number > 0 || self.last.0 >= self.job() { self.read_generation()? } else { None };
         let end = if names.contains(&end) { Some(self.read(&end)?) } else { None };
         Ok(Some(Interrupted { record, generation, end }))
     }
@@ -146,7 +208,7 @@ impl Journal {
     /// # Errors
     /// [`JournalError`], of kind `Conflict` when another coordinator works in this directory.
     pub fn begin(&self, record: &JobRecord) -> Result<(), JournalError> {
-        self.publish(&format!("job-{:09}.json", self.job.0), record)
+        self.publish(&format!("job-{:09}.json", self.job()), record)
     }
 
     /// Makes a generation durable.
@@ -164,7 +226,7 @@ impl Journal {
     /// # Errors
     /// [`JournalError`].
     pub fn end(&self, record: &EndRecord) -> Result<(), JournalError> {
-        self.publish(&format!("end-{:09}.json", self.job.0), record)
+        self.publish(&format!("end-{:09}.json", self.job()), record)
     }
 
     /// Says that everybody knows of the end.
@@ -172,7 +234,7 @@ impl Journal {
     /// # Errors
     /// [`JournalError`].
     pub fn close(&self) -> Result<(), JournalError> {
-        write_small(&self.store, &format!("closed-{:09}", self.job.0), b"")?;
+        write_small(&self.store, &format!("closed-{:09}", self.job()), b"")?;
         Ok(self.store.sync_dir("")?)
     }
 
@@ -199,6 +261,10 @@ impl Journal {
             Err(error) => Err(error),
         }
     }
+}
+
+fn queued(number: u64) -> String {
+    format!("queued-{number:09}.json")
 }
 
 fn numbers<'a>(names: &'a [String], prefix: &'a str, suffix: &'a str) -> impl Iterator<Item = u64> + 'a {

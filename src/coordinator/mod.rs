@@ -6,24 +6,28 @@
 
 mod journal;
 mod owner;
+mod queue;
 mod view;
 
 pub(crate) use owner::random_secret;
 
+use std::path::PathBuf;
 use std::sync::{Arc, Mutex, PoisonError};
 use std::time::Duration;
 
 use tokio::sync::{mpsc, oneshot, watch};
 
 pub use journal::{EndRecord, GenerationRecord, Interrupted, JobRecord, Journal, JournalError};
+pub use queue::{JobState, JobView, MAX_QUEUED};
 pub use view::{ModelView, RankView, View};
 
 use crate::checkpoint::CheckpointError;
+use crate::error::Kind;
 use crate::load::LoadReport;
 use crate::membership::{Event, Refusal};
 use crate::plan::LoadPlan;
 use crate::tasks::Tasks;
-use crate::types::{JobId, Rank, Step};
+use crate::types::{Rank, Step};
 
 /// Events that may wait for the owner; a rank renews twice a second, so this is room for thousands of ranks.
 const QUEUE: usize = 4096;
@@ -44,6 +48,62 @@ pub struct CoordinatorConfig {
     pub is_restartable: bool,
     /// What a coordinator before this one has left of the job.
     pub left: Option<(Option<GenerationRecord>, Option<EndRecord>)>,
+    /// What can be done with more jobs than this one, for ranks that stay.
+    pub jobs: Option<JobMaker>,
+}
+
+/// How jobs are made of their files, and what is left to do when one is done. The calls take as long as they take.
+#[derive(Clone)]
+pub struct JobMaker {
+    /// Makes the job of the text of a job file, whose relative paths start from the directory, for ranks that hold so many
+    /// bytes on this host.
+    pub make: MakeJob,
+    /// Writes what a job that is done has as its output, and says what that is.
+    pub finish: FinishJob,
+}
+
+/// As [`JobMaker::make`].
+pub type MakeJob = Arc<dyn Fn(&JobText, &LoadPlan) -> Result<JobRecord, Rejected> + Send + Sync>;
+/// As [`JobMaker::finish`].
+pub type FinishJob = Arc<dyn Fn(&JobRecord) -> Option<String> + Send + Sync>;
+
+impl std::fmt::Debug for JobMaker {
+    fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
+        f.write_str("JobMaker")
+    }
+}
+
+/// A job file that was sent.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct JobText {
+    /// Its text.
+    pub text: String,
+    /// Where its relative paths start.
+    pub directory: PathBuf,
+}
+
+/// A job that cannot be queued.
+#[derive(Clone, Debug, PartialEq, Eq, thiserror::Error)]
+#[error("{message}")]
+pub struct Rejected {
+    /// Why not.
+    pub message: String,
+    /// The kind of the error.
+    pub kind: Kind,
+}
+
+impl crate::error::Classify for Rejected {
+    fn kind(&self) -> Kind {
+        self.kind
+    }
+}
+
+impl Rejected {
+    /// What an error says.
+    #[must_use]
+    pub fn from_error<E: crate::error::Classify + 'static>(error: &E) -> Self {
+        Self { message: crate::error::chain(error), kind: error.kind() }
+    }
 }
 
 /// A running coordinator, as seen by those who talk to it.
@@ -56,19 +116,49 @@ pub struct Coordinator {
 struct Shared {
     events: mpsc::Sender<Request>,
     views: watch::Receiver<View>,
-    plan_bytes: Vec<u8>,
-    job: JobId,
+    current: Arc<Mutex<Arc<CurrentJob>>>,
     incarnation: String,
-    next_step: Option<Step>,
-    loads: Mutex<Vec<LoadReport>>,
+    journal: Journal,
+    jobs: Option<JobMaker>,
+    /// The number of the job that was queued last.
+    numbers: tokio::sync::Mutex<u64>,
+    loads: Loads,
     /// Held by everybody who follows the job.
     audience: Arc<()>,
 }
 
+/// The job that the ranks have.
 #[derive(Debug)]
-struct Request {
-    event: Event,
-    answer: Option<oneshot::Sender<Result<(), Refusal>>>,
+struct CurrentJob {
+    record: JobRecord,
+    plan_bytes: Vec<u8>,
+}
+
+impl CurrentJob {
+    fn new(record: JobRecord) -> Arc<Self> {
+        let plan_bytes = record.plan.encode();
+        Arc::new(Self { record, plan_bytes })
+    }
+}
+
+/// The figures of the ranks' loads.
+type Loads = Arc<Mutex<Vec<LoadReport>>>;
+
+type Answer<T> = oneshot::Sender<T>;
+
+#[derive(Debug)]
+enum Request {
+    Event { event: Event, answer: Option<Answer<Result<(), Refusal>>> },
+    Submit { record: Box<JobRecord>, answer: Answer<Result<(), Refusal>> },
+    Cancel { number: u64, answer: Answer<Result<(), Refusal>> },
+    /// What a job has left, in words.
+    Told { number: u64, message: String },
+}
+
+impl From<Event> for Request {
+    fn from(event: Event) -> Self {
+        Self::Event { event, answer: None }
+    }
 }
 
 /// Why a coordinator does not start.
@@ -98,22 +188,24 @@ impl Coordinator {
     /// # Errors
     /// [`CoordinatorError`] when the journal cannot be opened.
     pub fn start(config: CoordinatorConfig, tasks: &mut Tasks) -> Result<Self, CoordinatorError> {
-        let plan_bytes = config.record.plan.encode();
         let (events, queue) = mpsc::channel(QUEUE);
         let incarnation = format!("{:x}-{}", crate::clock::unix_ns(), std::process::id());
-        let next_step = config.record.checkpoint_root.as_ref().map(|_| config.record.step);
-        let (owner, views) = owner::Owner::new(config, LoadPlan::sha256(&plan_bytes), events.clone())?;
+        let (journal, jobs) = (config.journal.clone(), config.jobs.clone());
+        let current = Arc::new(Mutex::new(CurrentJob::new(config.record.clone())));
+        let loads = Loads::default();
+        let (owner, views) = owner::Owner::new(config, (current.clone(), loads.clone()), events.clone())?;
+        let last = views.borrow().jobs.iter().map(|job| job.number).max().unwrap_or(0);
         tasks.spawn("coordinator", owner.run(queue));
-        let job = views.borrow().job.clone();
         Ok(Self {
             shared: Arc::new(Shared {
                 events,
                 views,
-                plan_bytes,
-                job,
+                current,
                 incarnation,
-                next_step,
-                loads: Mutex::default(),
+                journal,
+                jobs,
+                numbers: tokio::sync::Mutex::new(last),
+                loads,
                 audience: Arc::default(),
             }),
         })
@@ -124,20 +216,71 @@ impl Coordinator {
     /// # Errors
     /// [`Refusal`]; a coordinator that is ending refuses with [`Refusal::Over`].
     pub async fn apply(&self, event: Event) -> Result<(), Refusal> {
+        self.ask(|answer| Request::Event { event, answer: Some(answer) }).await
+    }
+
+    async fn ask(&self, request: impl FnOnce(Answer<Result<(), Refusal>>) -> Request) -> Result<(), Refusal> {
         let (answer, answered) = oneshot::channel();
         let gone = || Refusal::Over { message: "the coordinator is ending".to_owned() };
-        self.shared.events.send(Request { event, answer: Some(answer) }).await.map_err(|_| gone())?;
+        self.shared.events.send(request(answer)).await.map_err(|_| gone())?;
         match tokio::time::timeout(ANSWER_DEADLINE, answered).await {
             Ok(Ok(result)) => result,
             _ => Err(gone()),
         }
     }
 
+    fn current(&self) -> Arc<CurrentJob> {
+        self.shared.current.lock().unwrap_or_else(PoisonError::into_inner).clone()
+    }
+
+    /// Queues a job for the ranks, and gives its number. It is durable then.
+    ///
+    /// # Errors
+    /// [`Rejected`] with the reason.
+    pub async fn submit(&self, text: JobText) -> Result<u64, Rejected> {
+        let conflict = |message: &str| Rejected { message: message.to_owned(), kind: Kind::Conflict };
+        let maker = self.shared.jobs.clone();
+        let maker = maker.ok_or_else(|| {
+            conflict("the ranks end when their job is done: start it with hold = true in [job] to give them more")
+        })?;
+        let current = self.current();
+        let make = maker.make.clone();
+        let made = crate::tasks::blocking(move || make(&text, &current.record.plan)).await;
+        let mut record = made?;
+        let world = self.current().record.plan.world;
+        if record.plan.world != world {
+            return Err(conflict("the job is for another number of ranks"));
+        }
+        // One at a time, so that numbers are in the order of the queue.
+        let mut last = self.shared.numbers.lock().await;
+        record.number = *last + 1;
+        let (journal, saved) = (self.shared.journal.clone(), record.clone());
+        let enqueued = crate::tasks::blocking(move || journal.enqueue(&saved)).await;
+        enqueued.map_err(|error| Rejected::from_error(&error))?;
+        *last = record.number;
+        let number = record.number;
+        let asked = self.ask(|answer| Request::Submit { record: Box::new(record), answer }).await;
+        if let Err(refusal) = asked {
+            let journal = self.shared.journal.clone();
+            let _ = crate::tasks::blocking(move || journal.dequeue(number)).await;
+            return Err(Rejected::from_error(&refusal));
+        }
+        Ok(number)
+    }
+
+    /// Takes a job out of the queue, or has the ranks end the one that they train.
+    ///
+    /// # Errors
+    /// [`Refusal`].
+    pub async fn cancel(&self, number: u64) -> Result<(), Refusal> {
+        self.ask(|answer| Request::Cancel { number, answer }).await
+    }
+
     /// Tells of a rank's process that ended with failure, from a thread that may not wait. A full queue loses nothing:
     /// the lease tells the same, later.
     pub fn process_ended(&self, rank: Rank, message: String, exit_code: u8) {
         let event = Event::ProcessEnded { rank, message, exit_code };
-        if self.shared.events.try_send(Request { event, answer: None }).is_err() {
+        if self.shared.events.try_send(event.into()).is_err() {
             tracing::warn!(%rank, "the coordinator's queue is full; the rank's lease will tell");
         }
     }
@@ -148,16 +291,10 @@ impl Coordinator {
         self.shared.views.clone()
     }
 
-    /// The plan's bytes.
+    /// The bytes of the plan in parts of at most `bytes`.
     #[must_use]
-    pub fn plan_bytes(&self) -> &[u8] {
-        &self.shared.plan_bytes
-    }
-
-    /// The job.
-    #[must_use]
-    pub fn job(&self) -> &JobId {
-        &self.shared.job
+    pub fn plan_parts(&self, bytes: usize) -> Vec<Vec<u8>> {
+        self.current().plan_bytes.chunks(bytes).map(<[u8]>::to_vec).collect()
     }
 
     /// This process of the coordinator.
@@ -199,6 +336,7 @@ impl Coordinator {
     /// The step that a checkpoint saved now would have; none when the job has no place for one.
     #[must_use]
     pub fn next_step(&self) -> Option<Step> {
-        self.shared.next_step
+        let current = self.current();
+        current.record.checkpoint_root.as_ref().map(|_| current.record.step)
     }
 }

@@ -1,16 +1,20 @@
 //! The task that owns the membership (`CO-1`): it takes events one by one, applies them, publishes the view, and carries
 //! out effects off the async threads.
 
-use std::path::PathBuf;
-use std::sync::Arc;
+use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 
 use tokio::sync::{mpsc, watch};
 
-use super::{CoordinatorConfig, EndRecord, GenerationRecord, JobRecord, Journal, ModelView, Request, View};
+use super::queue::Queue;
+use super::{
+    CoordinatorConfig, CoordinatorError, CurrentJob, EndRecord, GenerationRecord, JobMaker, JobRecord, JobState, Journal,
+    Loads, Request, View,
+};
 use crate::checkpoint::{self, CheckpointError, Delete};
+use crate::clock::Instant;
 use crate::error::{Classify, Kind, chain};
 use crate::manifest::{SealRequest, ShardReceipt};
-use crate::membership::{Effect, Event, Membership, Phase, Save, Settings, TICK};
+use crate::membership::{Effect, Event, Membership, Phase, Refusal, Save, Settings, TICK};
 use crate::plan::LoadPlan;
 use crate::store::{Store, StoreError, open_root};
 use crate::tasks::Tasks;
@@ -19,28 +23,41 @@ use crate::types::{Generation, Step};
 
 pub(super) struct Owner {
     membership: Membership,
+    /// The job that the ranks have, which others see too.
+    current: Arc<Mutex<Arc<CurrentJob>>>,
     effects: Arc<EffectContext>,
+    queue: Queue,
+    /// Whether the work of the job at hand was seen to be done.
+    is_done: bool,
+    /// Whether the job at hand was taken back.
+    is_cancelled: bool,
+    jobs: Option<JobMaker>,
     events: mpsc::Sender<Request>,
     views: watch::Sender<View>,
+    /// The figures of the ranks' loads, which others see too.
+    loads: Loads,
+    /// When the ranks turned to the job at hand.
+    began: Instant,
     is_restartable: bool,
+    /// Whether the job at hand is the next one of ranks that hold, and was not begun.
+    begins: bool,
     running: Tasks,
 }
 
 /// What effects need.
 struct EffectContext {
-    plan: LoadPlan,
+    job: Arc<CurrentJob>,
     journal: Journal,
     secret: [u8; 32],
-    checkpoint_root: Option<PathBuf>,
 }
 
 impl Owner {
     pub(super) fn new(
         config: CoordinatorConfig,
-        plan_sha256: [u8; 32],
+        (current, loads): (Arc<Mutex<Arc<CurrentJob>>>, Loads),
         events: mpsc::Sender<Request>,
-    ) -> Result<(Self, watch::Receiver<View>), CheckpointError> {
-        let CoordinatorConfig { record, join_deadline, journal, is_restartable, left } = config;
+    ) -> Result<(Self, watch::Receiver<View>), CoordinatorError> {
+        let CoordinatorConfig { record, join_deadline, journal, is_restartable, left, jobs } = config;
         let settings = Settings {
             world: record.plan.world,
             after_load: record.after_load,
@@ -50,43 +67,50 @@ impl Owner {
         let (generation, end) = left.unwrap_or_default();
         let mut membership = Membership::new(settings, journal.last(), crate::clock::now());
         let secret = generation.as_ref().map_or_else(random_secret, |generation| generation.secret);
+        let mut begins = false;
         if let Some(GenerationRecord { formed, .. }) = generation {
-            let committed = committed_by(&record, formed.generation)?;
-            membership = membership.resume(formed, committed);
+            begins = journal.is_before(formed.generation);
+            if begins {
+                membership = membership.resume_holding(formed);
+            } else {
+                membership = membership.resume(formed.clone(), committed_by(&record, formed.generation)?);
+            }
         }
         if let Some(end) = end {
             membership = membership.ended(end.cause);
         }
-        let mut view = View {
-            job: record.job,
-            model: record.plan.model.clone(),
-            models: ModelView::of(&record.plan),
-            generation: membership.generation(),
-            phase: Phase::Forming,
-            peers: Vec::new(),
-            secret,
-            nccl_unique_id: Vec::new(),
-            plan_sha256,
-            ranks: Vec::new(),
-            last_checkpoint: None,
-            checkpoint_root: record.checkpoint_root.clone(),
-            is_training: false,
-            is_draining: false,
-            committed_step: None,
-            save_request: 0,
-            save_answered: None,
-        };
+        let waiting = if jobs.is_some() { journal.queued(record.number)? } else { Vec::new() };
+        let queue = Queue::new(&record, waiting);
+        let job = lock(&current).clone();
+        let mut view = View::new(&record, secret, LoadPlan::sha256(&job.plan_bytes));
+        view.jobs = queue.views().to_vec();
         view.update(&membership);
         let (views, seen) = watch::channel(view);
-        let effects = EffectContext { plan: record.plan, journal, secret, checkpoint_root: record.checkpoint_root };
-        let owner =
-            Self { membership, effects: Arc::new(effects), events, views, is_restartable, running: Tasks::new() };
+        let owner = Self {
+            membership,
+            current,
+            effects: Arc::new(EffectContext { job, journal, secret }),
+            queue,
+            is_done: false,
+            is_cancelled: false,
+            jobs,
+            events,
+            views,
+            loads,
+            began: crate::clock::now(),
+            is_restartable,
+            begins,
+            running: Tasks::new(),
+        };
         Ok((owner, seen))
     }
 
     pub(super) async fn run(mut self, mut queue: mpsc::Receiver<Request>) {
         let mut ticks = tokio::time::interval(TICK);
         ticks.set_missed_tick_behavior(tokio::time::MissedTickBehavior::Delay);
+        if self.begins {
+            self.begin();
+        }
         loop {
             // Both branches are cancel safe: an interval and a receiver lose nothing when the other wins.
             let request = tokio::select! {
@@ -95,13 +119,31 @@ impl Owner {
                     Some(request) => request,
                     None => return,
                 },
-                _ = ticks.tick() => Request { event: Event::Tick, answer: None },
+                _ = ticks.tick() => Event::Tick.into(),
             };
-            self.handle(request);
+            match request {
+                Request::Event { event, answer } => {
+                    let result = self.handle(event);
+                    if let Some(answer) = answer {
+                        // A caller that went away needs no answer.
+                        let _ = answer.send(result);
+                    }
+                }
+                Request::Submit { record, answer } => {
+                    let _ = answer.send(self.submit(*record));
+                }
+                Request::Cancel { number, answer } => {
+                    let _ = answer.send(self.cancel(number));
+                }
+                Request::Told { number, message } => {
+                    self.queue.update(number, |job| job.message = message);
+                    self.publish();
+                }
+            }
         }
     }
 
-    fn handle(&mut self, Request { event, answer }: Request) {
+    fn handle(&mut self, event: Event) -> Result<(), Refusal> {
         let quiet = matches!(event, Event::Tick);
         crate::faults::point(event.name());
         let before = self.membership.phase().name();
@@ -109,23 +151,145 @@ impl Owner {
         let after = self.membership.phase().name();
         if before != after {
             self.changed_phase(before, after);
+            if before == Phase::Loading.name() {
+                self.has_loaded();
+            }
         }
         if !quiet || before != after {
-            let membership = &self.membership;
-            self.views.send_modify(|view| view.update(membership));
+            self.publish();
             crate::faults::point("coordinator.announced");
         }
         let result = result.map(|effects| effects.into_iter().for_each(|effect| self.start(effect)));
-        if let Some(answer) = answer {
-            // A caller that went away needs no answer.
-            let _ = answer.send(result);
+        if before != after && self.membership.phase() == &Phase::Holding {
+            self.job_is_done();
+            self.start_next();
+        }
+        result
+    }
+
+    fn publish(&self) {
+        let (membership, jobs) = (&self.membership, self.queue.views());
+        self.views.send_modify(|view| {
+            view.update(membership);
+            if view.jobs != jobs {
+                view.jobs = jobs.to_vec();
+            }
+        });
+    }
+
+    fn submit(&mut self, record: JobRecord) -> Result<(), Refusal> {
+        if self.membership.is_over() || self.membership.is_draining() {
+            return Err(Refusal::Over { message: "it is ending".to_owned() });
+        }
+        if self.queue.is_full() {
+            return Err(Refusal::NotNow { phase: "busy: 64 jobs wait", request: "queue another job" });
+        }
+        tracing::info!(number = record.number, job = %record.job, "job queued");
+        self.queue.push(record);
+        self.publish();
+        self.start_next();
+        Ok(())
+    }
+
+    fn cancel(&mut self, number: u64) -> Result<(), Refusal> {
+        if self.queue.cancel(number) {
+            if let Err(error) = self.effects.journal.dequeue(number) {
+                tracing::error!(error = chain(&error), number, "a cancelled job is still in the journal");
+            }
+            self.publish();
+            return Ok(());
+        }
+        if number != self.effects.job.record.number {
+            return Err(Refusal::NoSuchJob { number });
+        }
+        self.handle(Event::StopRequested)?;
+        self.is_cancelled = true;
+        Ok(())
+    }
+
+    fn has_loaded(&mut self) {
+        let seconds = self.began.elapsed().as_secs_f64();
+        let loads = self.loads.lock().unwrap_or_else(PoisonError::into_inner);
+        let bytes = loads.iter().map(|load| load.storage_bytes).sum();
+        drop(loads);
+        self.queue.update(self.effects.job.record.number, |job| {
+            (job.load_seconds, job.storage_bytes) = (Some(seconds), bytes);
+        });
+    }
+
+    /// The work of the job at hand is done, and its ranks hold.
+    fn job_is_done(&mut self) {
+        if self.is_done {
+            return;
+        }
+        self.is_done = true;
+        let state = if self.is_cancelled { JobState::Cancelled } else { JobState::Done };
+        let last_checkpoint = self.membership.last_checkpoint().map(str::to_owned);
+        // What was only loaded is there to be held.
+        let state = if self.effects.job.record.plan.train.is_some() { state } else { JobState::Running };
+        self.queue.update(self.effects.job.record.number, |job| {
+            (job.state, job.last_checkpoint) = (state, last_checkpoint);
+        });
+        self.publish();
+        if let Some(jobs) = self.jobs.clone().filter(|_| state == JobState::Done) {
+            let (job, events) = (self.effects.job.clone(), self.events.clone());
+            self.running.spawn("output", async move {
+                let number = job.record.number;
+                let message = crate::tasks::blocking(move || (jobs.finish)(&job.record)).await;
+                if let Some(message) = message {
+                    let _ = events.send(Request::Told { number, message }).await;
+                }
+            });
         }
     }
 
-    fn changed_phase(&self, before: &str, after: &str) {
+    /// Begins the next job of the queue when the ranks hold.
+    fn start_next(&mut self) {
+        if self.membership.phase() != &Phase::Holding || self.membership.is_draining() {
+            return;
+        }
+        let Some(record) = self.queue.next() else { return };
+        let before = self.effects.job.record.number;
+        self.queue.update(before, |job| {
+            if job.state == JobState::Running {
+                job.state = JobState::Done;
+            }
+        });
+        // On this thread, because a coordinator that is started again must know which job its ranks have.
+        if let Err(error) = self.effects.journal.succeed(&record, self.membership.generation().next()) {
+            let event = shell_failed(&error);
+            // An abort is never refused.
+            let _ = self.handle(event);
+            return;
+        }
+        tracing::info!(number = record.number, job = %record.job, "next job");
+        let job = CurrentJob::new(record);
+        let sha256 = LoadPlan::sha256(&job.plan_bytes);
+        *lock(&self.current) = job.clone();
+        let (journal, secret) = (self.effects.journal.clone(), self.effects.secret);
+        self.effects = Arc::new(EffectContext { job: job.clone(), journal, secret });
+        (self.is_done, self.is_cancelled, self.began) = (false, false, crate::clock::now());
+        self.loads.lock().unwrap_or_else(PoisonError::into_inner).clear();
+        self.views.send_modify(|view| view.begin(&job.record, sha256));
+        self.begin();
+    }
+
+    /// Has the ranks that hold begin the job at hand.
+    fn begin(&mut self) {
+        let JobRecord { after_load, resumed, .. } = self.effects.job.record;
+        if let Err(refusal) = self.handle(Event::NextJob { after_load, resumed }) {
+            tracing::error!(error = chain(&refusal), "the next job could not begin");
+        }
+    }
+
+    fn changed_phase(&mut self, before: &str, after: &str) {
         let generation = self.membership.generation();
         let cause = match self.membership.phase() {
             Phase::Aborted(cause) => {
+                let message = cause.message.clone();
+                self.queue.update(self.effects.job.record.number, |job| {
+                    (job.state, job.message) = (JobState::Failed, message);
+                });
                 let rank = cause.rank.map(|rank| rank.0);
                 tracing::error!(%generation, ?rank, cause = cause.message, "job aborted");
                 Some(cause.clone())
@@ -154,7 +318,7 @@ impl Owner {
                 exit_code: Kind::Internal.exit_code(),
             });
             // The owner is gone only when the job is.
-            let _ = events.send(Request { event, answer: None }).await;
+            let _ = events.send(event.into()).await;
         });
     }
 }
@@ -191,14 +355,15 @@ impl EffectContext {
             Err(event) => return event,
         };
         // A training run saves its state; the base is named by its digest.
-        let plan = self.plan.train.as_ref().map_or(&self.plan, |train| &train.state);
+        let own = &self.job.record.plan;
+        let plan = own.train.as_ref().map_or(own, |train| &train.state);
         let request = SealRequest { plan, step: save.step, attempt: save.attempt, generation };
         let training = receipts.iter().find_map(|receipt| receipt.training.as_ref());
         let best = training.and_then(|training| training.best).map(|best| best.step);
         match checkpoint::commit(store.as_ref(), &request, receipts) {
             Ok(directory) => {
                 tracing::info!(step = %save.step, attempt = %save.attempt, directory, "checkpoint committed");
-                if let Some(train) = &self.plan.train {
+                if let Some(train) = &own.train {
                     retain(store.as_ref(), &train.recipe, best);
                 }
                 Event::Committed { directory }
@@ -209,7 +374,7 @@ impl EffectContext {
 
     /// Where checkpoints go, or why there is no such place.
     fn store(&self) -> Result<Arc<dyn Store>, Event> {
-        let Some(root) = &self.checkpoint_root else {
+        let Some(root) = &self.job.record.checkpoint_root else {
             let message = "the job has no checkpoint directory".to_owned();
             return Err(Event::ShellFailed { message, exit_code: Kind::Conflict.exit_code() });
         };
@@ -242,6 +407,10 @@ fn committed_by(record: &JobRecord, generation: Generation) -> Result<Option<(St
         .filter_map(|listed| listed.checkpoint.ok())
         .filter(|found| found.manifest.generation == generation);
     Ok(own.next().map(|found| (found.manifest.step, found.directory)))
+}
+
+fn lock(current: &Mutex<Arc<CurrentJob>>) -> MutexGuard<'_, Arc<CurrentJob>> {
+    current.lock().unwrap_or_else(PoisonError::into_inner)
 }
 
 /// 32 bytes from the operating system.

@@ -2,6 +2,8 @@
 
 use std::path::PathBuf;
 
+use super::JobRecord;
+use super::queue::JobView;
 use crate::clock::Instant;
 use crate::membership::{Cause, Member, Membership, Phase, Progress, Save};
 use crate::plan::{LoadPlan, OWN_MODEL};
@@ -44,6 +46,12 @@ pub struct View {
     pub save_answered: Option<(u64, Step)>,
     /// The models of the job, its own first.
     pub models: Vec<ModelView>,
+    /// What tells the files of its base from others; empty when nothing does.
+    pub base_id: String,
+    /// Whether ranks that train are to end at their next step.
+    pub is_stopping: bool,
+    /// The jobs of these ranks by number, as far as they are remembered.
+    pub jobs: Vec<JobView>,
 }
 
 /// A model of the job.
@@ -78,6 +86,46 @@ pub struct RankView {
     pub progress: Progress,
     /// When its lease was last renewed.
     pub renewed: Option<Instant>,
+}
+
+impl View {
+    /// Before anything has happened to the job `record`.
+    pub(super) fn new(record: &JobRecord, secret: [u8; 32], plan_sha256: [u8; 32]) -> Self {
+        let mut view = Self {
+            job: record.job.clone(),
+            model: String::new(),
+            models: Vec::new(),
+            generation: Generation::default(),
+            phase: Phase::Forming,
+            peers: Vec::new(),
+            secret,
+            nccl_unique_id: Vec::new(),
+            plan_sha256,
+            ranks: Vec::new(),
+            last_checkpoint: None,
+            checkpoint_root: None,
+            is_training: false,
+            is_draining: false,
+            is_stopping: false,
+            committed_step: None,
+            save_request: 0,
+            save_answered: None,
+            base_id: String::new(),
+            jobs: Vec::new(),
+        };
+        view.begin(record, plan_sha256);
+        view
+    }
+
+    /// The ranks' next job.
+    pub(super) fn begin(&mut self, record: &JobRecord, plan_sha256: [u8; 32]) {
+        self.job = record.job.clone();
+        self.model.clone_from(&record.plan.model);
+        self.models = ModelView::of(&record.plan);
+        self.plan_sha256 = plan_sha256;
+        self.checkpoint_root.clone_from(&record.checkpoint_root);
+        self.base_id.clone_from(&record.base_id);
+    }
 }
 
 impl ModelView {
@@ -125,6 +173,7 @@ impl View {
         self.last_checkpoint = membership.last_checkpoint().map(str::to_owned);
         self.is_training = membership.is_training();
         self.is_draining = membership.is_draining();
+        self.is_stopping = membership.is_stopping();
         self.committed_step = membership.committed_step();
         self.save_request = membership.save_request();
         self.save_answered = membership.save_answered();

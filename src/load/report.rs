@@ -40,6 +40,28 @@ pub struct LoadReport {
     pub owned_digests: Vec<Vec<TensorDigest>>,
 }
 
+impl LoadReport {
+    /// Of a rank that had nothing to load.
+    #[must_use]
+    pub fn of_nothing(rank: Rank) -> Self {
+        Self {
+            rank,
+            storage_bytes: 0,
+            sent_bytes: 0,
+            received_bytes: 0,
+            weights_bytes: 0,
+            quantized_values: 0,
+            non_finite_values: 0,
+            wall_s: 0.0,
+            stages: StageTimes::default(),
+            peak_resident_bytes: 0,
+            device: String::new(),
+            backend: String::new(),
+            owned_digests: Vec::new(),
+        }
+    }
+}
+
 /// The digest of every logical tensor, from the reports of all ranks in order; nothing when one has none.
 #[must_use]
 pub fn logical_digests(plan: &LoadPlan, reports: &[LoadReport]) -> Option<BTreeMap<Fqn, TensorDigest>> {

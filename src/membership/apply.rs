@@ -1,6 +1,9 @@
 //! The transitions.
 
-use super::{Cause, Effect, Event, ExitPolicy, Formed, JoinInfo, Member, Membership, Phase, Progress, Refusal, Save};
+use super::{
+    AfterLoad, Cause, Effect, Event, ExitPolicy, Formed, JoinInfo, Member, Membership, Phase, Progress, Refusal, Save,
+    Settings,
+};
 use crate::clock::Instant;
 use crate::manifest::ShardReceipt;
 use crate::types::{Attempt, Generation, Rank, Step};
@@ -37,6 +40,8 @@ impl Membership {
             Event::Trained { member, generation } => self.trained(&member, generation),
             Event::SaveRequested { step, request } => self.save_requested(step, request),
             Event::UnloadRequested(model) => self.unload_requested(model),
+            Event::NextJob { after_load, resumed } => self.next_job(after_load, resumed),
+            Event::StopRequested => self.stop_requested(),
             Event::DrainRequested(save) => self.drain_requested(save),
             Event::Tick => Ok(self.tick(now)),
         }
@@ -74,11 +79,7 @@ impl Membership {
         }
         if self.phase == Phase::Forming && self.members.iter().all(Option::is_some) {
             self.phase = Phase::Opening;
-            // MS-1: announced by `open` after the shell has made it durable.
-            let members =
-                self.members.iter().flatten().map(|member| (member.id.clone(), member.info.clone())).collect();
-            let generation = self.generation.next();
-            return Ok(vec![Effect::PersistGeneration(Formed { generation, members })]);
+            return Ok(vec![self.persist_generation()]);
         }
         Ok(Vec::new())
     }
@@ -262,6 +263,40 @@ impl Membership {
             return Err(Refusal::NotNow { phase: self.phase.name(), request: "unload a model" });
         }
         self.unloaded.insert(model);
+        Ok(Vec::new())
+    }
+
+    /// The ranks that hold begin the next job of the queue, in a generation of its own, so that nothing that is said of the job
+    /// before can be taken for this one (MS-2).
+    fn next_job(&mut self, after_load: AfterLoad, resumed: bool) -> Result<Vec<Effect>, Refusal> {
+        self.refuse_if_over()?;
+        if self.phase != Phase::Holding {
+            return Err(Refusal::NotNow { phase: self.phase.name(), request: "begin another job" });
+        }
+        self.settings = Settings { after_load, resumed, ..self.settings };
+        self.phase = Phase::Opening;
+        (self.stopping, self.save_before_end, self.next_snapshot, self.last_checkpoint) = (false, None, None, None);
+        (self.save_request, self.save_answered) = (0, None);
+        self.unloaded.clear();
+        for member in self.members.iter_mut().flatten() {
+            (member.loaded, member.trained) = (false, false);
+            member.progress.training = None;
+        }
+        Ok(vec![self.persist_generation()])
+    }
+
+    /// MS-1: announced by `open` after the shell has made it durable.
+    fn persist_generation(&self) -> Effect {
+        let members = self.members.iter().flatten().map(|member| (member.id.clone(), member.info.clone())).collect();
+        Effect::PersistGeneration(Formed { generation: self.generation.next(), members })
+    }
+
+    fn stop_requested(&mut self) -> Result<Vec<Effect>, Refusal> {
+        self.refuse_if_over()?;
+        if !self.is_training() {
+            return Err(Refusal::NotNow { phase: self.phase.name(), request: "stop training" });
+        }
+        self.stopping = true;
         Ok(Vec::new())
     }
 

@@ -179,6 +179,15 @@ pub enum Event {
     },
     /// Somebody asks the ranks to let a model go, which the job has beside its own.
     UnloadRequested(String),
+    /// The next job of the queue, for ranks that hold.
+    NextJob {
+        /// What follows its load.
+        after_load: super::AfterLoad,
+        /// Whether it was resumed from a checkpoint.
+        resumed: bool,
+    },
+    /// Somebody asks the job to end, with a checkpoint if it trains; the ranks stay.
+    StopRequested,
     /// Somebody asks for an orderly end. With a step, a checkpoint of it is written first, unless this job has one.
     DrainRequested(Option<Step>),
     /// Time passes.
@@ -204,6 +213,8 @@ impl Event {
             Self::Trained { .. } => "coordinator.trained",
             Self::SaveRequested { .. } => "coordinator.save-requested",
             Self::UnloadRequested(_) => "coordinator.unload-requested",
+            Self::NextJob { .. } => "coordinator.next-job",
+            Self::StopRequested => "coordinator.stop-requested",
             Self::DrainRequested(_) => "coordinator.drain-requested",
             Self::Tick => "coordinator.tick",
         }
@@ -274,6 +285,12 @@ pub enum Refusal {
         /// How.
         message: String,
     },
+    /// There is no such job, or it has ended.
+    #[error("job {number} is neither queued nor running")]
+    NoSuchJob {
+        /// Its number.
+        number: u64,
+    },
     /// The job cannot do this now.
     #[error("the job is {phase} and cannot {request} now")]
     NotNow {
@@ -290,6 +307,7 @@ impl Classify for Refusal {
             Self::NoSuchRank { .. } | Self::OtherWorld { .. } => Kind::Exhausted,
             Self::RankTaken { .. } => Kind::Conflict,
             Self::Stale { .. } | Self::Over { .. } => Kind::Fenced,
+            Self::NoSuchJob { .. } => Kind::NotFound,
             Self::NotNow { .. } => Kind::Unavailable,
         }
     }

@@ -63,6 +63,8 @@ pub struct Membership {
     members: Vec<Option<Member>>,
     next_member: u64,
     draining: bool,
+    /// The job at hand is to end at its next step; the ranks stay.
+    stopping: bool,
     save_before_end: Option<Step>,
     /// A step of training that is to be written when the checkpoint at hand is committed.
     next_snapshot: Option<Step>,
@@ -170,6 +172,7 @@ impl Membership {
             members: vec![None; settings.world.count()],
             next_member: 1,
             draining: false,
+            stopping: false,
             save_before_end: None,
             next_snapshot: None,
             last_checkpoint: None,
@@ -193,6 +196,12 @@ impl Membership {
         // Ids end with a number that a generation uses once.
         self.next_member = crate::types::as_u64(count) + 1;
         self
+    }
+
+    /// Goes on where another coordinator was ended before the next job of its ranks had begun: they hold.
+    #[must_use]
+    pub fn resume_holding(self, formed: Formed) -> Self {
+        Self { phase: Phase::Holding, ..self.resume(formed, None) }
     }
 
     /// A job whose end another coordinator has decided: it is only told to those who have not heard of it.
@@ -261,6 +270,12 @@ impl Membership {
     #[must_use]
     pub const fn is_draining(&self) -> bool {
         self.draining
+    }
+
+    /// Whether ranks that train are to end at their next step.
+    #[must_use]
+    pub const fn is_stopping(&self) -> bool {
+        self.stopping || self.draining
     }
 
     /// Whether the job has ended, well or not.

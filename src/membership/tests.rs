@@ -351,3 +351,52 @@ fn a_drain_while_training_ends_with_the_training() {
     again.commit(7);
     assert!(again.snapshot(7).is_empty(), "it is committed");
 }
+
+const RESIDENT: AfterLoad = AfterLoad { save: None, train: true, then: ExitPolicy::Hold };
+
+/// A queue's next job is a generation of its own with the same members; what is said of the one before is refused (MS-2).
+#[test]
+fn the_next_job_fences_the_one_before() {
+    let mut job = Job::formed(2, RESIDENT);
+    let next = || Event::NextJob { after_load: RESIDENT, resumed: false };
+    assert!(matches!(job.apply(next()), Err(Refusal::NotNow { phase: "loading", .. })));
+    for rank in 0..2 {
+        job.loaded(rank).expect("a member");
+    }
+    assert!(matches!(job.apply(next()), Err(Refusal::NotNow { phase: "training", .. })));
+    let trained = |job: &Job, rank: usize, generation| Event::Trained {
+        member: job.id(rank),
+        generation: Generation(generation),
+    };
+    for rank in 0..2 {
+        let event = trained(&job, rank, 8);
+        job.apply(event).expect("a member");
+    }
+    assert_eq!(job.membership.phase(), &Phase::Holding);
+    let effects = job.apply(next()).expect("it holds");
+    let [Effect::PersistGeneration(formed)] = effects.as_slice() else { panic!("{effects:?}") };
+    assert_eq!((formed.generation, formed.members.len()), (Generation(9), 2));
+    // MS-1: the number counts when it is durable.
+    assert_eq!(job.membership.generation(), Generation(8));
+    job.apply(Event::GenerationDurable(Generation(9))).expect("no refusal");
+    assert_eq!((job.membership.generation(), job.membership.phase()), (Generation(9), &Phase::Loading));
+    assert!(matches!(job.loaded(0), Err(Refusal::Stale { .. })));
+    let late = trained(&job, 0, 8);
+    assert!(matches!(job.apply(late), Err(Refusal::Stale { .. })));
+    assert_eq!(job.membership.phase(), &Phase::Loading);
+}
+
+/// A stop ends the job that trains, and not the ranks; the next job knows nothing of it.
+#[test]
+fn a_stop_leaves_the_ranks() {
+    let mut job = Job::formed(1, RESIDENT);
+    assert!(matches!(job.apply(Event::StopRequested), Err(Refusal::NotNow { .. })));
+    job.loaded(0).expect("a member");
+    job.apply(Event::StopRequested).expect("it trains");
+    assert!(job.membership.is_stopping() && !job.membership.is_draining());
+    let trained = Event::Trained { member: job.id(0), generation: Generation(8) };
+    job.apply(trained).expect("a member");
+    assert_eq!(job.membership.phase(), &Phase::Holding);
+    job.apply(Event::NextJob { after_load: RESIDENT, resumed: false }).expect("it holds");
+    assert!(!job.membership.is_stopping());
+}

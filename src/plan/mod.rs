@@ -132,6 +132,25 @@ pub struct LoadPlan {
     pub others: Vec<OtherModel>,
 }
 
+impl LoadPlan {
+    /// Whether ranks that have carried out `other` hold just what this plan has them hold, if the files are the same: whatever
+    /// follows the load, and whatever a cache has.
+    #[must_use]
+    pub fn holds_as(&self, other: &Self) -> bool {
+        let base = |plan: &Self| {
+            let others: Vec<OtherModel> =
+                plan.others.iter().map(|other| OtherModel { plan: base_of(&other.plan), ..other.clone() }).collect();
+            Self { others, ..base_of(plan) }
+        };
+        base(self) == base(other)
+    }
+}
+
+/// Without what is of no matter to what ranks hold.
+fn base_of(plan: &LoadPlan) -> LoadPlan {
+    LoadPlan { model: String::new(), train: None, cache: None, ..plan.clone() }
+}
+
 /// A model beside the job's own.
 #[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
 pub struct OtherModel {

@@ -2,7 +2,7 @@
 
 use weightcast_proto::v1;
 
-use crate::coordinator::{Coordinator, ModelView, View};
+use crate::coordinator::{Coordinator, JobState, JobView, ModelView, View};
 use crate::membership::{Cause, Phase, Progress, TrainingProgress};
 use crate::types::as_u64;
 
@@ -52,10 +52,30 @@ pub(super) fn watch(coordinator: &Coordinator, view: &View) -> v1::WatchResponse
         cause: view.cause().map(cause),
         checkpoint_root: view.checkpoint_root.as_ref().map(|root| root.display().to_string()).unwrap_or_default(),
         nccl_unique_id: view.nccl_unique_id.clone(),
-        stop: view.is_draining,
+        stop: view.is_stopping,
         committed_step: view.committed_step.map(|step| step.0),
         save_request: view.save_request,
         unloaded: view.models.iter().filter(|model| model.unloaded).map(|model| model.name.clone()).collect(),
+        base_id: view.base_id.clone(),
+    }
+}
+
+pub(super) fn job(job: &JobView) -> v1::JobSummary {
+    let state = match job.state {
+        JobState::Queued => v1::JobState::Queued,
+        JobState::Running => v1::JobState::Running,
+        JobState::Done => v1::JobState::Done,
+        JobState::Cancelled => v1::JobState::Cancelled,
+        JobState::Failed => v1::JobState::Failed,
+    };
+    v1::JobSummary {
+        number: job.number,
+        name: job.name.to_string(),
+        state: state.into(),
+        last_checkpoint: job.last_checkpoint.clone().unwrap_or_default(),
+        message: job.message.clone(),
+        load_seconds: job.load_seconds,
+        storage_bytes: job.storage_bytes,
     }
 }
 

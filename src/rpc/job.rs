@@ -1,5 +1,7 @@
 //! `JobService`: what people ask.
 
+use std::path::PathBuf;
+
 use tonic::{Request, Response, Status};
 use weightcast_proto::v1;
 use weightcast_proto::v1::job_service_server::JobService;
@@ -7,7 +9,7 @@ use weightcast_proto::v1::job_service_server::JobService;
 use super::convert;
 use super::server::expect_deadline;
 use super::status::status;
-use crate::coordinator::Coordinator;
+use crate::coordinator::{Coordinator, JobText};
 use crate::membership::{Event, Phase, Refusal};
 use crate::types::Rank;
 
@@ -93,6 +95,46 @@ impl JobService for JobServer {
         let views = self.coordinator.views();
         let header = convert::header(&self.coordinator, &views.borrow());
         Ok(Response::new(v1::DrainResponse { header: Some(header) }))
+    }
+
+    async fn submit_job(
+        &self,
+        request: Request<v1::SubmitJobRequest>,
+    ) -> Result<Response<v1::SubmitJobResponse>, Status> {
+        expect_deadline(&request)?;
+        let v1::SubmitJobRequest { job_file: text, directory, .. } = request.into_inner();
+        let directory = PathBuf::from(directory);
+        if !directory.is_absolute() {
+            let found = directory.display();
+            return Err(Status::invalid_argument(format!("directory: expected an absolute path, found {found:?}")));
+        }
+        let number = self.coordinator.submit(JobText { text, directory }).await.map_err(|error| status(&error))?;
+        let views = self.coordinator.views();
+        let header = convert::header(&self.coordinator, &views.borrow());
+        Ok(Response::new(v1::SubmitJobResponse { header: Some(header), number }))
+    }
+
+    async fn list_jobs(
+        &self,
+        request: Request<v1::ListJobsRequest>,
+    ) -> Result<Response<v1::ListJobsResponse>, Status> {
+        expect_deadline(&request)?;
+        let views = self.coordinator.views();
+        let view = views.borrow();
+        let header = convert::header(&self.coordinator, &view);
+        let jobs = view.jobs.iter().map(convert::job).collect();
+        Ok(Response::new(v1::ListJobsResponse { header: Some(header), jobs }))
+    }
+
+    async fn cancel_job(
+        &self,
+        request: Request<v1::CancelJobRequest>,
+    ) -> Result<Response<v1::CancelJobResponse>, Status> {
+        expect_deadline(&request)?;
+        self.coordinator.cancel(request.get_ref().number).await.map_err(|refusal| status(&refusal))?;
+        let views = self.coordinator.views();
+        let header = convert::header(&self.coordinator, &views.borrow());
+        Ok(Response::new(v1::CancelJobResponse { header: Some(header) }))
     }
 
     async fn report_process_ended(

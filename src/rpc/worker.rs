@@ -115,9 +115,9 @@ impl WorkerService for WorkerServer {
         let header = self.header();
         let parts: Vec<_> = self
             .coordinator
-            .plan_bytes()
-            .chunks(PLAN_PART_BYTES)
-            .map(|part| Ok(v1::GetPlanResponse { header: header.clone(), part: part.to_vec() }))
+            .plan_parts(PLAN_PART_BYTES)
+            .into_iter()
+            .map(|part| Ok(v1::GetPlanResponse { header: header.clone(), part }))
             .collect();
         Ok(Response::new(Box::pin(tokio_stream::iter(parts))))
     }

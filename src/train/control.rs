@@ -76,6 +76,14 @@ impl Control {
         Self { shared: Arc::default(), cancel }
     }
 
+    /// For another run of the same process: nothing is asked for any more, and nothing was said.
+    pub fn reset(&self) {
+        self.shared.stop.store(false, Ordering::Relaxed);
+        self.shared.save_request.store(0, Ordering::Relaxed);
+        *self.lock() = Saves::default();
+        *self.shared.progress.lock().unwrap_or_else(PoisonError::into_inner) = None;
+    }
+
     /// Asks all ranks to end at the next step boundary, with a checkpoint.
     pub fn stop(&self) {
         self.shared.stop.store(true, Ordering::Relaxed);

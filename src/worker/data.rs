@@ -12,7 +12,7 @@ use super::plane::{Meeting, Offer, Plane};
 use super::proc_stat::peak_resident_bytes;
 use crate::checkpoint::{CheckpointError, WriteRequest, write_shard};
 use crate::comm::tcp::TcpPort;
-use crate::comm::{AbortHandle, CommError, Communicator, Group};
+use crate::comm::{AbortHandle, CommError, Communicator, Counters, Group};
 use crate::device::Device;
 use crate::error::{Classify, Kind, chain};
 use crate::load::{Cancel, LoadError, LoadReport};
@@ -51,6 +51,8 @@ pub(super) struct LoadCommand {
     pub(super) plan: LoadPlan,
     /// Where the plan's files are on this host, if not where the plan says.
     pub(super) root: Option<PathBuf>,
+    /// What tells the base's files from others; empty when nothing does.
+    pub(super) base_id: String,
     pub(super) meeting: Meeting,
 }
 
@@ -139,12 +141,38 @@ pub(super) struct DataThread {
 /// What a rank holds after its load.
 pub(super) struct Held {
     plan: LoadPlan,
+    base_id: String,
     state: StateDict,
     /// By name, those beside it.
     others: BTreeMap<String, StateDict>,
     group: Group,
-    /// Kept for training; with the memory that it moves.
-    comm: Option<(Box<dyn Communicator>, Device)>,
+    /// For training and for the next job; with the memory that it moves.
+    comm: Option<Kept>,
+}
+
+/// A communicator that is connected.
+struct Kept {
+    comm: Box<dyn Communicator>,
+    counters: Counters,
+    device: Device,
+    backend: &'static str,
+}
+
+impl Held {
+    /// Whether it is what a job with this plan and these files is to hold; the job before may have let models go.
+    fn is_base_of(&self, plan: &LoadPlan, base_id: &str) -> bool {
+        let same_files = !base_id.is_empty() && self.base_id == base_id;
+        same_files && !plan.digests && self.others.len() == plan.others.len() && self.plan.holds_as(plan)
+    }
+
+    /// The figures of a load that had nothing to do.
+    fn report(&self) -> LoadReport {
+        LoadReport {
+            weights_bytes: self.plan.kept_bytes(self.group.rank),
+            peak_resident_bytes: peak_resident_bytes(),
+            ..LoadReport::of_nothing(self.group.rank)
+        }
+    }
 }
 
 impl DataThread {
@@ -167,42 +195,75 @@ impl DataThread {
     }
 
     fn load(&mut self, command: LoadCommand) -> Result<Outcome, Failure> {
-        let LoadCommand { plan, root, meeting } = command;
+        let LoadCommand { plan, root, base_id, meeting } = command;
         let group = meeting.group;
         let device = placed(self.offer.device, &plan, group.rank)?;
-        let watched = self.watched.clone();
-        let mut places =
-            Places { rank: group.rank, device, comm_device: Device::Host, root: root.as_deref(), watched: &watched };
+        // The base of the job before stays where it is; another one makes room first.
+        let mut comm = None;
+        if let Some(held) = self.held.take() {
+            if held.is_base_of(&plan, &base_id) {
+                tracing::info!(rank = %group.rank, "the base is here already");
+                let report = held.report();
+                self.held = Some(Held { plan, ..held });
+                self.connect_for(device, meeting)?;
+                return Ok(Outcome::Loaded(Box::new(report)));
+            }
+            comm = held.comm;
+        }
         let exchanging = |plan: &LoadPlan| !matches!(plan.strategy, Strategy::Full | Strategy::Streaming);
         let exchanges = exchanging(&plan) || plan.others.iter().any(|other| exchanging(&other.plan));
-        let alone = group.world.get() == 1 || (!exchanges && plan.train.is_none());
-        let mut kept = None;
-        let (loaded, traffic, backend) = match self.port.take().filter(|_| !alone) {
-            None => (load_models(&plan, places, None), None, ""),
-            Some(port) => {
-                let plane = Plane::choose(plan.device, device, &self.offer, &meeting)?;
-                let backend = plane.name();
-                places.comm_device = plane.device();
-                let (mut comm, counters) = plane.connect(meeting, port, &self.watched)?;
-                crate::faults::point("worker.connected");
-                let lent: Option<&mut dyn Communicator> = if exchanges { Some(comm.as_mut()) } else { None };
-                let loaded = load_models(&plan, places, lent);
-                if let Err(error) = &loaded {
-                    comm.abort_handle().abort(&chain(error));
-                }
-                kept = plan.train.as_ref().map(|_| (comm, places.comm_device));
-                (loaded, Some(counters.traffic()), backend)
-            }
+        if comm.is_none() && (exchanges || plan.train.is_some()) {
+            comm = self.connect(&plan, device, meeting)?;
+        }
+        let before = comm.as_ref().map(|kept| kept.counters.traffic());
+        let watched = self.watched.clone();
+        let comm_device = comm.as_ref().map_or(Device::Host, |kept| kept.device);
+        let places = Places { rank: group.rank, device, comm_device, root: root.as_deref(), watched: &watched };
+        let lent: Option<&mut dyn Communicator> = match comm.as_mut().filter(|_| exchanges) {
+            Some(kept) => Some(kept.comm.as_mut()),
+            None => None,
         };
+        let loaded = load_models(&plan, places, lent);
+        if let (Err(error), Some(kept)) = (&loaded, &comm) {
+            kept.comm.abort_handle().abort(&chain(error));
+        }
         let Loaded { state, others, mut report } = loaded.map_err(|error| load_failure(&error, group.rank))?;
         report.peak_resident_bytes = peak_resident_bytes();
-        report.backend = backend.to_owned();
-        if let Some(traffic) = traffic {
-            report.sent_bytes = traffic.payload_sent_bytes;
-            report.received_bytes = traffic.payload_received_bytes;
+        if let (Some(kept), Some(before)) = (&comm, before) {
+            let traffic = kept.counters.traffic();
+            report.backend = kept.backend.to_owned();
+            report.sent_bytes = traffic.payload_sent_bytes - before.payload_sent_bytes;
+            report.received_bytes = traffic.payload_received_bytes - before.payload_received_bytes;
         }
-        self.held = Some(Held { plan, state, others, group, comm: kept });
+        self.held = Some(Held { plan, base_id, state, others, group, comm });
         Ok(Outcome::Loaded(Box::new(report)))
+    }
+
+    /// Connects with the other ranks, if there are any and it was not done.
+    fn connect(&mut self, plan: &LoadPlan, device: Device, meeting: Meeting) -> Result<Option<Kept>, Failure> {
+        if meeting.group.world.get() == 1 {
+            return Ok(None);
+        }
+        let Some(port) = self.port.take() else { return Ok(None) };
+        let plane = Plane::choose(plan.device, device, &self.offer, &meeting)?;
+        let (backend, comm_device) = (plane.name(), plane.device());
+        let (comm, counters) = plane.connect(meeting, port, &self.watched)?;
+        crate::faults::point("worker.connected");
+        Ok(Some(Kept { comm, counters, device: comm_device, backend }))
+    }
+
+    /// Where the base that is held was loaded without the others' help, and the job needs them.
+    fn connect_for(&mut self, device: Device, meeting: Meeting) -> Result<(), Failure> {
+        let Some(held) = &self.held else { return Ok(()) };
+        if held.comm.is_some() || held.plan.train.is_none() {
+            return Ok(());
+        }
+        let plan = held.plan.clone();
+        let comm = self.connect(&plan, device, meeting)?;
+        if let Some(held) = &mut self.held {
+            held.comm = comm;
+        }
+        Ok(())
     }
 
     /// Lets a model go; the job's own goes with the job.
@@ -220,13 +281,13 @@ impl DataThread {
             return Err(Failure { message, exit_code: Kind::Internal.exit_code(), blame: Blame::Own });
         };
         let (rank, news) = (group.rank, outcomes.clone());
-        let abort = comm.as_ref().map(|(comm, _)| comm.abort_handle());
-        let comm_device = comm.as_ref().map_or(Device::Host, |(_, device)| *device);
+        let abort = comm.as_ref().map(|kept| kept.comm.abort_handle());
+        let comm_device = comm.as_ref().map_or(Device::Host, |kept| kept.device);
         let request = TrainRequest {
             plan,
             base: state,
             comm: match comm {
-                Some((comm, _)) => Some(comm.as_mut()),
+                Some(kept) => Some(kept.comm.as_mut()),
                 None => None,
             },
             comm_device,

@@ -81,7 +81,6 @@ pub(super) struct Session {
     watched: Watched,
     renew_interval: Duration,
     pub(super) stage: tokio::sync::watch::Sender<&'static str>,
-    loading: bool,
     pub(super) training: bool,
     saving: Option<(u64, u64)>,
     /// Models that were let go.
@@ -129,7 +128,6 @@ impl Session {
             member: tokio::sync::watch::Sender::new(member.id),
             watched: Watched::default(),
             stage: tokio::sync::watch::Sender::new("joining"),
-            loading: false,
             training: false,
             saving: None,
             unloaded: BTreeSet::new(),
@@ -236,10 +234,10 @@ impl Session {
     ) -> Result<bool, WorkerError> {
         let generation = snapshot.header.as_ref().map_or(0, |header| header.generation);
         match snapshot.phase() {
-            v1::Phase::Loading if !self.loading => {
+            // The first job, or the next one of the queue.
+            v1::Phase::Loading if self.generation != generation => {
                 let plan = self.fetch_plan(&snapshot.plan_sha256).await?;
-                self.loading = true;
-                self.generation = generation;
+                self.begin_generation(generation);
                 let _ = self.stage.send("loading");
                 crate::faults::point("worker.planned");
                 let command = self.load_command(plan, snapshot)?;
@@ -302,6 +300,14 @@ impl Session {
         Ok(false)
     }
 
+    /// Nothing was done in it yet.
+    fn begin_generation(&mut self, generation: u64) {
+        self.generation = generation;
+        (self.training, self.saving, self.reported) = (false, None, Reported::default());
+        self.unloaded.clear();
+        self.watched.control.reset();
+    }
+
     /// Where this host has the job's checkpoints; none when the job has no place for them.
     fn checkpoint_root(&self, snapshot: &v1::WatchResponse) -> Option<PathBuf> {
         let told = Some(&snapshot.checkpoint_root).filter(|root| !root.is_empty());
@@ -317,7 +323,8 @@ impl Session {
         let group = Group { rank: self.config.rank, world: self.config.world };
         let (generation, nccl_unique_id) = (Generation(self.generation), snapshot.nccl_unique_id.clone());
         let root = self.config.checkpoint_root.as_ref().and_then(|root| stored_in(root, &plan));
-        Ok(LoadCommand { plan, root, meeting: Meeting { group, generation, secret, peers, nccl_unique_id } })
+        let meeting = Meeting { group, generation, secret, peers, nccl_unique_id };
+        Ok(LoadCommand { plan, root, base_id: snapshot.base_id.clone(), meeting })
     }
 
     /// Gets the plan and checks that it is the one that all ranks have.
@@ -405,7 +412,7 @@ impl Session {
         let member = self.member.borrow().clone();
         let snapshots = match open_watch(&mut self.clients, &self.config, &member).await {
             // Before its generation was formed, a rank is known to nobody but the coordinator that has gone.
-            Err(status) if kind_of(&status) == Kind::Fenced && !self.loading => {
+            Err(status) if kind_of(&status) == Kind::Fenced && self.generation == 0 => {
                 let (member, snapshots) = join_and_watch(&mut self.clients, &self.config, &self.join).await?;
                 let _ = self.member.send(member.id);
                 snapshots

@@ -190,6 +190,10 @@ pub struct WatchResponse {
     /// In PHASE_HOLDING: models beside the job's own that ranks are to let go.
     #[prost(string, repeated, tag = "13")]
     pub unloaded: ::prost::alloc::vec::Vec<::prost::alloc::string::String>,
+    /// Tells the versions of the base's files apart: ranks that hold the base of the job before keep it when it is the same. Empty
+    /// when they cannot be told apart.
+    #[prost(string, tag = "20")]
+    pub base_id: ::prost::alloc::string::String,
 }
 /// One try at writing a checkpoint.
 #[derive(Clone, PartialEq, Eq, Hash, ::prost::Message)]
@@ -1377,6 +1381,112 @@ pub struct ReportProcessEndedResponse {
     #[prost(message, optional, tag = "1")]
     pub header: ::core::option::Option<ResponseHeader>,
 }
+#[derive(Clone, PartialEq, Eq, Hash, ::prost::Message)]
+pub struct SubmitJobRequest {
+    #[prost(string, tag = "1")]
+    pub request_id: ::prost::alloc::string::String,
+    /// The text of the job file.
+    #[prost(string, tag = "2")]
+    pub job_file: ::prost::alloc::string::String,
+    /// The directory that its relative paths start from, absolute, as the coordinator's host has it.
+    #[prost(string, tag = "3")]
+    pub directory: ::prost::alloc::string::String,
+}
+#[derive(Clone, PartialEq, Eq, Hash, ::prost::Message)]
+pub struct SubmitJobResponse {
+    #[prost(message, optional, tag = "1")]
+    pub header: ::core::option::Option<ResponseHeader>,
+    /// Its number, by which it is listed and cancelled.
+    #[prost(uint64, tag = "2")]
+    pub number: u64,
+}
+#[derive(Clone, Copy, PartialEq, Eq, Hash, ::prost::Message)]
+pub struct ListJobsRequest {}
+#[derive(Clone, PartialEq, ::prost::Message)]
+pub struct ListJobsResponse {
+    #[prost(message, optional, tag = "1")]
+    pub header: ::core::option::Option<ResponseHeader>,
+    /// By number; the oldest that ended are dropped.
+    #[prost(message, repeated, tag = "2")]
+    pub jobs: ::prost::alloc::vec::Vec<JobSummary>,
+}
+#[derive(Clone, PartialEq, ::prost::Message)]
+pub struct JobSummary {
+    #[prost(uint64, tag = "1")]
+    pub number: u64,
+    #[prost(string, tag = "2")]
+    pub name: ::prost::alloc::string::String,
+    #[prost(enumeration = "JobState", tag = "3")]
+    pub state: i32,
+    /// The newest checkpoint that it committed; empty when there is none.
+    #[prost(string, tag = "4")]
+    pub last_checkpoint: ::prost::alloc::string::String,
+    /// What it left or why it failed, in words.
+    #[prost(string, tag = "5")]
+    pub message: ::prost::alloc::string::String,
+    /// From the time that the ranks turned to it until all of them had loaded, in seconds; absent before that.
+    #[prost(double, optional, tag = "6")]
+    pub load_seconds: ::core::option::Option<f64>,
+    /// What they read from storage for that, all together.
+    #[prost(uint64, tag = "7")]
+    pub storage_bytes: u64,
+}
+#[derive(Clone, PartialEq, Eq, Hash, ::prost::Message)]
+pub struct CancelJobRequest {
+    #[prost(string, tag = "1")]
+    pub request_id: ::prost::alloc::string::String,
+    #[prost(uint64, tag = "2")]
+    pub number: u64,
+}
+#[derive(Clone, PartialEq, Eq, Hash, ::prost::Message)]
+pub struct CancelJobResponse {
+    #[prost(message, optional, tag = "1")]
+    pub header: ::core::option::Option<ResponseHeader>,
+}
+/// What became of a job.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Hash, PartialOrd, Ord, ::prost::Enumeration)]
+#[repr(i32)]
+pub enum JobState {
+    Unspecified = 0,
+    /// It waits for those before it.
+    Queued = 1,
+    /// The ranks work on it, or hold what it loaded.
+    Running = 2,
+    /// Its work is done.
+    Done = 3,
+    /// It was taken back.
+    Cancelled = 4,
+    /// It ended the ranks.
+    Failed = 5,
+}
+impl JobState {
+    /// String value of the enum field names used in the ProtoBuf definition.
+    ///
+    /// The values are not transformed in any way and thus are considered stable
+    /// (if the ProtoBuf definition does not change) and safe for programmatic use.
+    pub fn as_str_name(&self) -> &'static str {
+        match self {
+            Self::Unspecified => "JOB_STATE_UNSPECIFIED",
+            Self::Queued => "JOB_STATE_QUEUED",
+            Self::Running => "JOB_STATE_RUNNING",
+            Self::Done => "JOB_STATE_DONE",
+            Self::Cancelled => "JOB_STATE_CANCELLED",
+            Self::Failed => "JOB_STATE_FAILED",
+        }
+    }
+    /// Creates an enum from field names used in the ProtoBuf definition.
+    pub fn from_str_name(value: &str) -> ::core::option::Option<Self> {
+        match value {
+            "JOB_STATE_UNSPECIFIED" => Some(Self::Unspecified),
+            "JOB_STATE_QUEUED" => Some(Self::Queued),
+            "JOB_STATE_RUNNING" => Some(Self::Running),
+            "JOB_STATE_DONE" => Some(Self::Done),
+            "JOB_STATE_CANCELLED" => Some(Self::Cancelled),
+            "JOB_STATE_FAILED" => Some(Self::Failed),
+            _ => None,
+        }
+    }
+}
 /// Generated client implementations.
 pub mod job_service_client {
     #![allow(
@@ -1555,6 +1665,81 @@ pub mod job_service_client {
                 .insert(GrpcMethod::new("weightcast.v1.JobService", "Drain"));
             self.inner.unary(req, path, codec).await
         }
+        /// Queues a job for the resident ranks of a job that holds; it starts when those before it are done.
+        pub async fn submit_job(
+            &mut self,
+            request: impl tonic::IntoRequest<super::SubmitJobRequest>,
+        ) -> std::result::Result<
+            tonic::Response<super::SubmitJobResponse>,
+            tonic::Status,
+        > {
+            self.inner
+                .ready()
+                .await
+                .map_err(|e| {
+                    tonic::Status::unknown(
+                        format!("Service was not ready: {}", e.into()),
+                    )
+                })?;
+            let codec = tonic_prost::ProstCodec::default();
+            let path = http::uri::PathAndQuery::from_static(
+                "/weightcast.v1.JobService/SubmitJob",
+            );
+            let mut req = request.into_request();
+            req.extensions_mut()
+                .insert(GrpcMethod::new("weightcast.v1.JobService", "SubmitJob"));
+            self.inner.unary(req, path, codec).await
+        }
+        /// The jobs of these ranks, the first one included.
+        pub async fn list_jobs(
+            &mut self,
+            request: impl tonic::IntoRequest<super::ListJobsRequest>,
+        ) -> std::result::Result<
+            tonic::Response<super::ListJobsResponse>,
+            tonic::Status,
+        > {
+            self.inner
+                .ready()
+                .await
+                .map_err(|e| {
+                    tonic::Status::unknown(
+                        format!("Service was not ready: {}", e.into()),
+                    )
+                })?;
+            let codec = tonic_prost::ProstCodec::default();
+            let path = http::uri::PathAndQuery::from_static(
+                "/weightcast.v1.JobService/ListJobs",
+            );
+            let mut req = request.into_request();
+            req.extensions_mut()
+                .insert(GrpcMethod::new("weightcast.v1.JobService", "ListJobs"));
+            self.inner.unary(req, path, codec).await
+        }
+        /// Takes a job out of the queue, or ends the one that runs at its next step, with a checkpoint; the ranks stay.
+        pub async fn cancel_job(
+            &mut self,
+            request: impl tonic::IntoRequest<super::CancelJobRequest>,
+        ) -> std::result::Result<
+            tonic::Response<super::CancelJobResponse>,
+            tonic::Status,
+        > {
+            self.inner
+                .ready()
+                .await
+                .map_err(|e| {
+                    tonic::Status::unknown(
+                        format!("Service was not ready: {}", e.into()),
+                    )
+                })?;
+            let codec = tonic_prost::ProstCodec::default();
+            let path = http::uri::PathAndQuery::from_static(
+                "/weightcast.v1.JobService/CancelJob",
+            );
+            let mut req = request.into_request();
+            req.extensions_mut()
+                .insert(GrpcMethod::new("weightcast.v1.JobService", "CancelJob"));
+            self.inner.unary(req, path, codec).await
+        }
         /// A launcher saw a rank's process end with failure; told at once, so that nobody waits for the rank's lease.
         pub async fn report_process_ended(
             &mut self,
@@ -1626,6 +1811,30 @@ pub mod job_service_server {
             &self,
             request: tonic::Request<super::DrainRequest>,
         ) -> std::result::Result<tonic::Response<super::DrainResponse>, tonic::Status>;
+        /// Queues a job for the resident ranks of a job that holds; it starts when those before it are done.
+        async fn submit_job(
+            &self,
+            request: tonic::Request<super::SubmitJobRequest>,
+        ) -> std::result::Result<
+            tonic::Response<super::SubmitJobResponse>,
+            tonic::Status,
+        >;
+        /// The jobs of these ranks, the first one included.
+        async fn list_jobs(
+            &self,
+            request: tonic::Request<super::ListJobsRequest>,
+        ) -> std::result::Result<
+            tonic::Response<super::ListJobsResponse>,
+            tonic::Status,
+        >;
+        /// Takes a job out of the queue, or ends the one that runs at its next step, with a checkpoint; the ranks stay.
+        async fn cancel_job(
+            &self,
+            request: tonic::Request<super::CancelJobRequest>,
+        ) -> std::result::Result<
+            tonic::Response<super::CancelJobResponse>,
+            tonic::Status,
+        >;
         /// A launcher saw a rank's process end with failure; told at once, so that nobody waits for the rank's lease.
         async fn report_process_ended(
             &self,
@@ -1875,6 +2084,141 @@ pub mod job_service_server {
                     let inner = self.inner.clone();
                     let fut = async move {
                         let method = DrainSvc(inner);
+                        let codec = tonic_prost::ProstCodec::default();
+                        let mut grpc = tonic::server::Grpc::new(codec)
+                            .apply_compression_config(
+                                accept_compression_encodings,
+                                send_compression_encodings,
+                            )
+                            .apply_max_message_size_config(
+                                max_decoding_message_size,
+                                max_encoding_message_size,
+                            );
+                        let res = grpc.unary(method, req).await;
+                        Ok(res)
+                    };
+                    Box::pin(fut)
+                }
+                "/weightcast.v1.JobService/SubmitJob" => {
+                    #[allow(non_camel_case_types)]
+                    struct SubmitJobSvc<T: JobService>(pub Arc<T>);
+                    impl<
+                        T: JobService,
+                    > tonic::server::UnaryService<super::SubmitJobRequest>
+                    for SubmitJobSvc<T> {
+                        type Response = super::SubmitJobResponse;
+                        type Future = BoxFuture<
+                            tonic::Response<Self::Response>,
+                            tonic::Status,
+                        >;
+                        fn call(
+                            &mut self,
+                            request: tonic::Request<super::SubmitJobRequest>,
+                        ) -> Self::Future {
+                            let inner = Arc::clone(&self.0);
+                            let fut = async move {
+                                <T as JobService>::submit_job(&inner, request).await
+                            };
+                            Box::pin(fut)
+                        }
+                    }
+                    let accept_compression_encodings = self.accept_compression_encodings;
+                    let send_compression_encodings = self.send_compression_encodings;
+                    let max_decoding_message_size = self.max_decoding_message_size;
+                    let max_encoding_message_size = self.max_encoding_message_size;
+                    let inner = self.inner.clone();
+                    let fut = async move {
+                        let method = SubmitJobSvc(inner);
+                        let codec = tonic_prost::ProstCodec::default();
+                        let mut grpc = tonic::server::Grpc::new(codec)
+                            .apply_compression_config(
+                                accept_compression_encodings,
+                                send_compression_encodings,
+                            )
+                            .apply_max_message_size_config(
+                                max_decoding_message_size,
+                                max_encoding_message_size,
+                            );
+                        let res = grpc.unary(method, req).await;
+                        Ok(res)
+                    };
+                    Box::pin(fut)
+                }
+                "/weightcast.v1.JobService/ListJobs" => {
+                    #[allow(non_camel_case_types)]
+                    struct ListJobsSvc<T: JobService>(pub Arc<T>);
+                    impl<
+                        T: JobService,
+                    > tonic::server::UnaryService<super::ListJobsRequest>
+                    for ListJobsSvc<T> {
+                        type Response = super::ListJobsResponse;
+                        type Future = BoxFuture<
+                            tonic::Response<Self::Response>,
+                            tonic::Status,
+                        >;
+                        fn call(
+                            &mut self,
+                            request: tonic::Request<super::ListJobsRequest>,
+                        ) -> Self::Future {
+                            let inner = Arc::clone(&self.0);
+                            let fut = async move {
+                                <T as JobService>::list_jobs(&inner, request).await
+                            };
+                            Box::pin(fut)
+                        }
+                    }
+                    let accept_compression_encodings = self.accept_compression_encodings;
+                    let send_compression_encodings = self.send_compression_encodings;
+                    let max_decoding_message_size = self.max_decoding_message_size;
+                    let max_encoding_message_size = self.max_encoding_message_size;
+                    let inner = self.inner.clone();
+                    let fut = async move {
+                        let method = ListJobsSvc(inner);
+                        let codec = tonic_prost::ProstCodec::default();
+                        let mut grpc = tonic::server::Grpc::new(codec)
+                            .apply_compression_config(
+                                accept_compression_encodings,
+                                send_compression_encodings,
+                            )
+                            .apply_max_message_size_config(
+                                max_decoding_message_size,
+                                max_encoding_message_size,
+                            );
+                        let res = grpc.unary(method, req).await;
+                        Ok(res)
+                    };
+                    Box::pin(fut)
+                }
+                "/weightcast.v1.JobService/CancelJob" => {
+                    #[allow(non_camel_case_types)]
+                    struct CancelJobSvc<T: JobService>(pub Arc<T>);
+                    impl<
+                        T: JobService,
+                    > tonic::server::UnaryService<super::CancelJobRequest>
+                    for CancelJobSvc<T> {
+                        type Response = super::CancelJobResponse;
+                        type Future = BoxFuture<
+                            tonic::Response<Self::Response>,
+                            tonic::Status,
+                        >;
+                        fn call(
+                            &mut self,
+                            request: tonic::Request<super::CancelJobRequest>,
+                        ) -> Self::Future {
+                            let inner = Arc::clone(&self.0);
+                            let fut = async move {
+                                <T as JobService>::cancel_job(&inner, request).await
+                            };
+                            Box::pin(fut)
+                        }
+                    }
+                    let accept_compression_encodings = self.accept_compression_encodings;
+                    let send_compression_encodings = self.send_compression_encodings;
+                    let max_decoding_message_size = self.max_decoding_message_size;
+                    let max_encoding_message_size = self.max_encoding_message_size;
+                    let inner = self.inner.clone();
+                    let fut = async move {
+                        let method = CancelJobSvc(inner);
                         let codec = tonic_prost::ProstCodec::default();
                         let mut grpc = tonic::server::Grpc::new(codec)
                             .apply_compression_config(
