@@ -31,7 +31,8 @@ pub(super) fn job_maker(then: ExitPolicy, listens: SocketAddr, ranks: RanksAre) 
 
 fn make(text: &JobText, held: &LoadPlan, (listens, ranks): (SocketAddr, RanksAre)) -> Result<JobRecord, Rejected> {
     let file = |message: String| ConfigError::File { path: "that was submitted".to_owned(), message };
-    let config = JobConfig::parse(&text.text, &text.directory).map_err(|message| Rejected::from_error(&file(message)))?;
+    let config =
+        JobConfig::parse(&text.text, &text.directory).map_err(|message| Rejected::from_error(&file(message)))?;
     config.check_streaming().map_err(|error| Rejected::from_error(&error))?;
     let prepared = prepare(&config, held, ranks)?;
     // Whatever it says: the ranks stay when it is done.

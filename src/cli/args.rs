@@ -197,7 +197,7 @@ pub struct LaunchFlags {
 #[derive(Debug, Args)]
 pub struct CoordinatorFlags {
     /// The number of ranks on all nodes together
-    #[arg(long, value_parser = clap::value_parser!(u32).range(1..=4096))]
+    #[arg(long, value_parser = clap::value_parser!(u32).range(1..=65_536))]
     pub ranks: u32,
     /// Where to listen; port 0 is any free one, and the one of before after a restart
     #[arg(long, value_name = "ADDRESS", default_value = "127.0.0.1:0")]

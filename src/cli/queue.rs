@@ -122,7 +122,10 @@ pub(super) fn cancel(flags: &CancelFlags) -> u8 {
     });
     match answer {
         Ok(_) => {
-            say(&format!("job {} is cancelled; one that trains ends at its next step, with a checkpoint", flags.number));
+            say(&format!(
+                "job {} is cancelled; one that trains ends at its next step, with a checkpoint",
+                flags.number
+            ));
             0
         }
         Err(error) => fail(&error),

@@ -19,7 +19,7 @@ use tokio::sync::{mpsc, oneshot, watch};
 
 pub use journal::{EndRecord, GenerationRecord, Interrupted, JobRecord, Journal, JournalError};
 pub use queue::{JobState, JobView, MAX_QUEUED};
-pub use view::{ModelView, RankView, View};
+pub use view::{ModelView, Orders, RankView, View};
 
 use crate::checkpoint::CheckpointError;
 use crate::error::Kind;
@@ -116,6 +116,7 @@ pub struct Coordinator {
 struct Shared {
     events: mpsc::Sender<Request>,
     views: watch::Receiver<View>,
+    orders: watch::Receiver<Arc<Orders>>,
     current: Arc<Mutex<Arc<CurrentJob>>>,
     incarnation: String,
     journal: Journal,
@@ -141,6 +142,8 @@ impl CurrentJob {
     }
 }
 
+/// What others see.
+type Seen = (watch::Receiver<View>, watch::Receiver<Arc<Orders>>);
 /// The figures of the ranks' loads.
 type Loads = Arc<Mutex<Vec<LoadReport>>>;
 
@@ -148,11 +151,23 @@ type Answer<T> = oneshot::Sender<T>;
 
 #[derive(Debug)]
 enum Request {
-    Event { event: Event, answer: Option<Answer<Result<(), Refusal>>> },
-    Submit { record: Box<JobRecord>, answer: Answer<Result<(), Refusal>> },
-    Cancel { number: u64, answer: Answer<Result<(), Refusal>> },
+    Event {
+        event: Event,
+        answer: Option<Answer<Result<(), Refusal>>>,
+    },
+    Submit {
+        record: Box<JobRecord>,
+        answer: Answer<Result<(), Refusal>>,
+    },
+    Cancel {
+        number: u64,
+        answer: Answer<Result<(), Refusal>>,
+    },
     /// What a job has left, in words.
-    Told { number: u64, message: String },
+    Told {
+        number: u64,
+        message: String,
+    },
 }
 
 impl From<Event> for Request {
@@ -193,13 +208,14 @@ impl Coordinator {
         let (journal, jobs) = (config.journal.clone(), config.jobs.clone());
         let current = Arc::new(Mutex::new(CurrentJob::new(config.record.clone())));
         let loads = Loads::default();
-        let (owner, views) = owner::Owner::new(config, (current.clone(), loads.clone()), events.clone())?;
+        let (owner, (views, orders)) = owner::Owner::new(config, (current.clone(), loads.clone()), events.clone())?;
         let last = views.borrow().jobs.iter().map(|job| job.number).max().unwrap_or(0);
         tasks.spawn("coordinator", owner.run(queue));
         Ok(Self {
             shared: Arc::new(Shared {
                 events,
                 views,
+                orders,
                 current,
                 incarnation,
                 journal,
@@ -289,6 +305,12 @@ impl Coordinator {
     #[must_use]
     pub fn views(&self) -> watch::Receiver<View> {
         self.shared.views.clone()
+    }
+
+    /// What ranks act on, as it changes; the current one is there at once.
+    #[must_use]
+    pub fn orders(&self) -> watch::Receiver<Arc<Orders>> {
+        self.shared.orders.clone()
     }
 
     /// The bytes of the plan in parts of at most `bytes`.

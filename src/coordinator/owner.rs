@@ -6,9 +6,10 @@ use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 use tokio::sync::{mpsc, watch};
 
 use super::queue::Queue;
+use super::view::Changed;
 use super::{
-    CoordinatorConfig, CoordinatorError, CurrentJob, EndRecord, GenerationRecord, JobMaker, JobRecord, JobState, Journal,
-    Loads, Request, View,
+    CoordinatorConfig, CoordinatorError, CurrentJob, EndRecord, GenerationRecord, JobMaker, JobRecord, JobState,
+    Journal, Loads, Orders, Request, Seen, View,
 };
 use crate::checkpoint::{self, CheckpointError, Delete};
 use crate::clock::Instant;
@@ -19,7 +20,7 @@ use crate::plan::LoadPlan;
 use crate::store::{Store, StoreError, open_root};
 use crate::tasks::Tasks;
 use crate::train::{Policy, Recipe, keeps};
-use crate::types::{Generation, Step};
+use crate::types::{Generation, Rank, Step};
 
 pub(super) struct Owner {
     membership: Membership,
@@ -34,6 +35,7 @@ pub(super) struct Owner {
     jobs: Option<JobMaker>,
     events: mpsc::Sender<Request>,
     views: watch::Sender<View>,
+    orders: watch::Sender<Arc<Orders>>,
     /// The figures of the ranks' loads, which others see too.
     loads: Loads,
     /// When the ranks turned to the job at hand.
@@ -56,7 +58,7 @@ impl Owner {
         config: CoordinatorConfig,
         (current, loads): (Arc<Mutex<Arc<CurrentJob>>>, Loads),
         events: mpsc::Sender<Request>,
-    ) -> Result<(Self, watch::Receiver<View>), CoordinatorError> {
+    ) -> Result<(Self, Seen), CoordinatorError> {
         let CoordinatorConfig { record, join_deadline, journal, is_restartable, left, jobs } = config;
         let settings = Settings {
             world: record.plan.world,
@@ -84,8 +86,10 @@ impl Owner {
         let job = lock(&current).clone();
         let mut view = View::new(&record, secret, LoadPlan::sha256(&job.plan_bytes));
         view.jobs = queue.views().to_vec();
-        view.update(&membership);
-        let (views, seen) = watch::channel(view);
+        view.update(&membership, Changed::All);
+        let orders = watch::Sender::new(Arc::new(view.orders()));
+        let views = watch::Sender::new(view);
+        let seen = (views.subscribe(), orders.subscribe());
         let owner = Self {
             membership,
             current,
@@ -96,6 +100,7 @@ impl Owner {
             jobs,
             events,
             views,
+            orders,
             loads,
             began: crate::clock::now(),
             is_restartable,
@@ -137,7 +142,7 @@ impl Owner {
                 }
                 Request::Told { number, message } => {
                     self.queue.update(number, |job| job.message = message);
-                    self.publish();
+                    self.publish(Changed::None);
                 }
             }
         }
@@ -145,6 +150,12 @@ impl Owner {
 
     fn handle(&mut self, event: Event) -> Result<(), Refusal> {
         let quiet = matches!(event, Event::Tick);
+        let changed = match &event {
+            Event::Join(info) => Changed::Rank(info.rank),
+            Event::Renew { member, .. } => rank_of(member).map_or(Changed::None, Changed::Rank),
+            Event::NextJob { .. } => Changed::All,
+            _ => Changed::None,
+        };
         crate::faults::point(event.name());
         let before = self.membership.phase().name();
         let result = self.membership.apply(crate::clock::now(), event);
@@ -156,7 +167,7 @@ impl Owner {
             }
         }
         if !quiet || before != after {
-            self.publish();
+            self.publish(changed);
             crate::faults::point("coordinator.announced");
         }
         let result = result.map(|effects| effects.into_iter().for_each(|effect| self.start(effect)));
@@ -167,14 +178,25 @@ impl Owner {
         result
     }
 
-    fn publish(&self) {
+    fn publish(&self, changed: Changed) {
         let (membership, jobs) = (&self.membership, self.queue.views());
         self.views.send_modify(|view| {
-            view.update(membership);
+            view.update(membership, changed);
             if view.jobs != jobs {
                 view.jobs = jobs.to_vec();
             }
         });
+        let is_renewal = matches!(changed, Changed::Rank(_)) && self.orders.borrow().phase == *self.membership.phase();
+        if !is_renewal {
+            let orders = self.views.borrow().orders();
+            self.orders.send_if_modified(|known| {
+                let differs = **known != orders;
+                if differs {
+                    *known = Arc::new(orders);
+                }
+                differs
+            });
+        }
     }
 
     fn submit(&mut self, record: JobRecord) -> Result<(), Refusal> {
@@ -186,7 +208,7 @@ impl Owner {
         }
         tracing::info!(number = record.number, job = %record.job, "job queued");
         self.queue.push(record);
-        self.publish();
+        self.publish(Changed::None);
         self.start_next();
         Ok(())
     }
@@ -196,7 +218,7 @@ impl Owner {
             if let Err(error) = self.effects.journal.dequeue(number) {
                 tracing::error!(error = chain(&error), number, "a cancelled job is still in the journal");
             }
-            self.publish();
+            self.publish(Changed::None);
             return Ok(());
         }
         if number != self.effects.job.record.number {
@@ -230,7 +252,7 @@ impl Owner {
         self.queue.update(self.effects.job.record.number, |job| {
             (job.state, job.last_checkpoint) = (state, last_checkpoint);
         });
-        self.publish();
+        self.publish(Changed::None);
         if let Some(jobs) = self.jobs.clone().filter(|_| state == JobState::Done) {
             let (job, events) = (self.effects.job.clone(), self.events.clone());
             self.running.spawn("output", async move {
@@ -407,6 +429,11 @@ fn committed_by(record: &JobRecord, generation: Generation) -> Result<Option<(St
         .filter_map(|listed| listed.checkpoint.ok())
         .filter(|found| found.manifest.generation == generation);
     Ok(own.next().map(|found| (found.manifest.step, found.directory)))
+}
+
+/// The rank of a member, by its id (`Membership::join`).
+fn rank_of(member: &str) -> Option<Rank> {
+    member.split_once('-')?.0.parse().ok().map(Rank)
 }
 
 fn lock(current: &Mutex<Arc<CurrentJob>>) -> MutexGuard<'_, Arc<CurrentJob>> {

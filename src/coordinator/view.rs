@@ -1,6 +1,7 @@
 //! What others see of the coordinator's state: a full snapshot.
 
 use std::path::PathBuf;
+use std::sync::Arc;
 
 use super::JobRecord;
 use super::queue::JobView;
@@ -21,7 +22,7 @@ pub struct View {
     /// The phase.
     pub phase: Phase,
     /// Addresses of the data plane by rank, once all have joined.
-    pub peers: Vec<String>,
+    pub peers: Arc<[String]>,
     /// The generation's secret.
     pub secret: [u8; 32],
     /// Rank 0's NCCL unique id, when all ranks have joined and all offered the same release.
@@ -52,6 +53,38 @@ pub struct View {
     pub is_stopping: bool,
     /// The jobs of these ranks by number, as far as they are remembered.
     pub jobs: Vec<JobView>,
+}
+
+/// What ranks act on: the part of a snapshot that changes seldom, while renewals change the rest a thousand times a second.
+#[derive(Clone, Debug, PartialEq)]
+#[expect(missing_docs, reason = "each is the snapshot's field of that name")]
+pub struct Orders {
+    pub job: JobId,
+    pub generation: Generation,
+    pub phase: Phase,
+    /// Of use while ranks load, and empty otherwise: a message to each rank about each rank.
+    pub peers: Arc<[String]>,
+    pub secret: [u8; 32],
+    pub nccl_unique_id: Vec<u8>,
+    pub plan_sha256: [u8; 32],
+    pub checkpoint_root: Option<PathBuf>,
+    pub is_training: bool,
+    pub is_stopping: bool,
+    pub committed_step: Option<Step>,
+    pub save_request: u64,
+    pub unloaded: Vec<String>,
+    pub base_id: String,
+}
+
+/// Whose entry an event has changed.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub(super) enum Changed {
+    /// No rank's.
+    None,
+    /// This rank's.
+    Rank(Rank),
+    /// Any.
+    All,
 }
 
 /// A model of the job.
@@ -97,7 +130,7 @@ impl View {
             models: Vec::new(),
             generation: Generation::default(),
             phase: Phase::Forming,
-            peers: Vec::new(),
+            peers: Arc::default(),
             secret,
             nccl_unique_id: Vec::new(),
             plan_sha256,
@@ -143,6 +176,76 @@ impl ModelView {
 }
 
 impl View {
+    /// Why the job was cancelled, if it was.
+    #[must_use]
+    pub const fn cause(&self) -> Option<&Cause> {
+        match &self.phase {
+            Phase::Aborted(cause) => Some(cause),
+            _ => None,
+        }
+    }
+
+    /// Whether the job has ended, well or not.
+    #[must_use]
+    pub const fn is_over(&self) -> bool {
+        matches!(self.phase, Phase::Finished | Phase::Aborted(_))
+    }
+
+    pub(super) fn update(&mut self, membership: &Membership, changed: Changed) {
+        if self.generation != membership.generation() || changed == Changed::All {
+            let all = membership.members().iter().all(Option::is_some);
+            let addresses = membership.members().iter().flatten().map(|member| member.info.data_address.clone());
+            self.peers = if all { addresses.collect() } else { Arc::default() };
+            self.nccl_unique_id = nccl_unique_id(membership.members());
+        }
+        self.generation = membership.generation();
+        self.phase = phase(membership);
+        self.last_checkpoint = membership.last_checkpoint().map(str::to_owned);
+        self.is_training = membership.is_training();
+        self.is_draining = membership.is_draining();
+        self.is_stopping = membership.is_stopping();
+        self.committed_step = membership.committed_step();
+        self.save_request = membership.save_request();
+        self.save_answered = membership.save_answered();
+        for model in &mut self.models {
+            model.unloaded = membership.unloaded().contains(&model.name);
+        }
+        let view = |(member, rank): (&Option<Member>, u32)| RankView::of(Rank(rank), member.as_ref());
+        match changed {
+            Changed::None => {}
+            Changed::All => self.ranks = membership.members().iter().zip(0_u32..).map(view).collect(),
+            Changed::Rank(rank) => {
+                let member = membership.members().get(rank.index()).and_then(Option::as_ref);
+                if let Some(place) = self.ranks.get_mut(rank.index()) {
+                    *place = RankView::of(rank, member);
+                }
+            }
+        }
+    }
+
+    /// What of it ranks act on.
+    #[must_use]
+    pub fn orders(&self) -> Orders {
+        Orders {
+            job: self.job.clone(),
+            generation: self.generation,
+            phase: self.phase.clone(),
+            peers: if self.phase == Phase::Loading { self.peers.clone() } else { Arc::default() },
+            secret: self.secret,
+            nccl_unique_id: self.nccl_unique_id.clone(),
+            plan_sha256: self.plan_sha256,
+            checkpoint_root: self.checkpoint_root.clone(),
+            is_training: self.is_training,
+            is_stopping: self.is_stopping,
+            committed_step: self.committed_step,
+            save_request: self.save_request,
+            unloaded: self.models.iter().filter(|model| model.unloaded).map(|model| model.name.clone()).collect(),
+            base_id: self.base_id.clone(),
+        }
+    }
+}
+
+impl Orders {
     /// What ranks are to write, while they write.
     #[must_use]
     pub const fn save(&self) -> Option<&Save> {
@@ -160,60 +263,40 @@ impl View {
             _ => None,
         }
     }
+}
 
-    /// Whether the job has ended, well or not.
-    #[must_use]
-    pub const fn is_over(&self) -> bool {
-        matches!(self.phase, Phase::Finished | Phase::Aborted(_))
-    }
-
-    pub(super) fn update(&mut self, membership: &Membership) {
-        self.generation = membership.generation();
-        self.phase = membership.phase().clone();
-        self.last_checkpoint = membership.last_checkpoint().map(str::to_owned);
-        self.is_training = membership.is_training();
-        self.is_draining = membership.is_draining();
-        self.is_stopping = membership.is_stopping();
-        self.committed_step = membership.committed_step();
-        self.save_request = membership.save_request();
-        self.save_answered = membership.save_answered();
-        for model in &mut self.models {
-            model.unloaded = membership.unloaded().contains(&model.name);
+impl RankView {
+    fn of(rank: Rank, member: Option<&Member>) -> Self {
+        match member {
+            Some(member) => Self {
+                rank,
+                member: Some(member.id.clone()),
+                request_id: member.info.request_id.clone(),
+                host: member.info.host.clone(),
+                process_id: member.info.process_id,
+                device: member.info.device.clone(),
+                progress: member.progress.clone(),
+                renewed: Some(member.renewed),
+            },
+            None => Self {
+                rank,
+                member: None,
+                request_id: String::new(),
+                host: String::new(),
+                process_id: 0,
+                device: String::new(),
+                progress: Progress { stage: "absent".to_owned(), ..Progress::default() },
+                renewed: None,
+            },
         }
-        self.ranks = membership
-            .members()
-            .iter()
-            .zip(0_u32..)
-            .map(|(member, rank)| match member {
-                Some(member) => RankView {
-                    rank: Rank(rank),
-                    member: Some(member.id.clone()),
-                    request_id: member.info.request_id.clone(),
-                    host: member.info.host.clone(),
-                    process_id: member.info.process_id,
-                    device: member.info.device.clone(),
-                    progress: member.progress.clone(),
-                    renewed: Some(member.renewed),
-                },
-                None => RankView {
-                    rank: Rank(rank),
-                    member: None,
-                    request_id: String::new(),
-                    host: String::new(),
-                    process_id: 0,
-                    device: String::new(),
-                    progress: Progress { stage: "absent".to_owned(), ..Progress::default() },
-                    renewed: None,
-                },
-            })
-            .collect();
-        self.nccl_unique_id = nccl_unique_id(membership.members());
-        let all = membership.members().iter().all(Option::is_some);
-        self.peers = if all {
-            membership.members().iter().flatten().map(|member| member.info.data_address.clone()).collect()
-        } else {
-            Vec::new()
-        };
+    }
+}
+
+/// Without the receipts, which are the coordinator's own business, and many.
+fn phase(membership: &Membership) -> Phase {
+    match membership.phase() {
+        Phase::Saving { save, .. } => Phase::Saving { save: save.clone(), receipts: Vec::new() },
+        phase => phase.clone(),
     }
 }
 

@@ -334,10 +334,10 @@ impl Membership {
 
     fn current(&mut self, member: &str) -> Result<&mut Member, Refusal> {
         let generation = self.generation.0;
-        self.members
-            .iter_mut()
-            .flatten()
-            .find(|known| known.id == member)
+        // Ids begin with the rank (`join`).
+        let rank = member.split_once('-').and_then(|(rank, _)| rank.parse::<usize>().ok());
+        rank.and_then(|rank| self.members.get_mut(rank)?.as_mut())
+            .filter(|known| known.id == member)
             .ok_or_else(|| Refusal::Stale { member: member.to_owned(), generation })
     }
 

@@ -2,7 +2,7 @@
 
 use weightcast_proto::v1;
 
-use crate::coordinator::{Coordinator, JobState, JobView, ModelView, View};
+use crate::coordinator::{Coordinator, JobState, JobView, ModelView, Orders, View};
 use crate::membership::{Cause, Phase, Progress, TrainingProgress};
 use crate::types::as_u64;
 
@@ -14,12 +14,12 @@ pub(super) fn header(coordinator: &Coordinator, view: &View) -> v1::ResponseHead
     }
 }
 
-pub(super) fn phase(view: &View) -> v1::Phase {
-    match &view.phase {
+pub(super) fn phase(phase: &Phase, is_training: bool) -> v1::Phase {
+    match phase {
         Phase::Forming | Phase::Opening => v1::Phase::Forming,
         Phase::Loading => v1::Phase::Loading,
         // Ranks that train go on while a checkpoint is written.
-        _ if view.is_training => v1::Phase::Training,
+        _ if is_training => v1::Phase::Training,
         Phase::Training => v1::Phase::Training,
         // Ranks have nothing to do while the coordinator begins or seals a checkpoint.
         Phase::Holding | Phase::Beginning { .. } | Phase::Committing { .. } => v1::Phase::Holding,
@@ -37,26 +37,30 @@ pub(super) fn cause(cause: &Cause) -> v1::Cause {
     }
 }
 
-pub(super) fn watch(coordinator: &Coordinator, view: &View) -> v1::WatchResponse {
+pub(super) fn watch(coordinator: &Coordinator, orders: &Orders) -> v1::WatchResponse {
     v1::WatchResponse {
-        header: Some(header(coordinator, view)),
-        phase: phase(view).into(),
-        peers: view.peers.clone(),
-        secret: view.secret.to_vec(),
-        plan_sha256: view.plan_sha256.to_vec(),
-        save: view.save().map(|save| v1::Save {
+        header: Some(v1::ResponseHeader {
+            job_id: orders.job.to_string(),
+            incarnation: coordinator.incarnation().to_owned(),
+            generation: orders.generation.0,
+        }),
+        phase: phase(&orders.phase, orders.is_training).into(),
+        peers: orders.peers.to_vec(),
+        secret: orders.secret.to_vec(),
+        plan_sha256: orders.plan_sha256.to_vec(),
+        save: orders.save().map(|save| v1::Save {
             step: save.step.0,
             attempt: save.attempt.0,
             directory: save.directory.clone(),
         }),
-        cause: view.cause().map(cause),
-        checkpoint_root: view.checkpoint_root.as_ref().map(|root| root.display().to_string()).unwrap_or_default(),
-        nccl_unique_id: view.nccl_unique_id.clone(),
-        stop: view.is_stopping,
-        committed_step: view.committed_step.map(|step| step.0),
-        save_request: view.save_request,
-        unloaded: view.models.iter().filter(|model| model.unloaded).map(|model| model.name.clone()).collect(),
-        base_id: view.base_id.clone(),
+        cause: orders.cause().map(cause),
+        checkpoint_root: orders.checkpoint_root.as_ref().map(|root| root.display().to_string()).unwrap_or_default(),
+        nccl_unique_id: orders.nccl_unique_id.clone(),
+        stop: orders.is_stopping,
+        committed_step: orders.committed_step.map(|step| step.0),
+        save_request: orders.save_request,
+        unloaded: orders.unloaded.clone(),
+        base_id: orders.base_id.clone(),
     }
 }
 
@@ -143,7 +147,7 @@ pub(super) fn job_status(coordinator: &Coordinator, view: &View) -> v1::GetStatu
         // People are told what the coordinator does, too.
         phase: match view.phase {
             Phase::Beginning { .. } | Phase::Committing { .. } if !view.is_training => v1::Phase::Saving.into(),
-            _ => phase(view).into(),
+            _ => phase(&view.phase, view.is_training).into(),
         },
         world_size: u32::try_from(as_u64(view.ranks.len())).unwrap_or(u32::MAX),
         ranks: view.ranks.iter().map(rank).collect(),

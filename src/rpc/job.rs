@@ -114,10 +114,7 @@ impl JobService for JobServer {
         Ok(Response::new(v1::SubmitJobResponse { header: Some(header), number }))
     }
 
-    async fn list_jobs(
-        &self,
-        request: Request<v1::ListJobsRequest>,
-    ) -> Result<Response<v1::ListJobsResponse>, Status> {
+    async fn list_jobs(&self, request: Request<v1::ListJobsRequest>) -> Result<Response<v1::ListJobsResponse>, Status> {
         expect_deadline(&request)?;
         let views = self.coordinator.views();
         let view = views.borrow();

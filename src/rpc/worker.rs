@@ -46,10 +46,10 @@ impl WorkerService for WorkerServer {
                 join.rank, join.protocol_version
             )));
         }
-        let request_id = join.request_id.clone();
+        let (request_id, rank) = (join.request_id.clone(), Rank(join.rank));
         self.apply(Event::Join(JoinInfo {
             request_id: join.request_id,
-            rank: Rank(join.rank),
+            rank,
             world: join.world_size,
             host: join.host,
             process_id: join.process_id,
@@ -62,7 +62,8 @@ impl WorkerService for WorkerServer {
         let member = {
             let views = self.coordinator.views();
             let view = views.borrow();
-            view.ranks.iter().find(|rank| rank.request_id == request_id).and_then(|rank| rank.member.clone())
+            let own = view.ranks.get(rank.index()).filter(|rank| rank.request_id == request_id);
+            own.and_then(|rank| rank.member.clone())
         };
         let member_id = member.ok_or_else(|| Status::internal("the member vanished while it joined"))?;
         let milliseconds = |duration: std::time::Duration| u32::try_from(duration.as_millis()).unwrap_or(u32::MAX);
@@ -89,14 +90,9 @@ impl WorkerService for WorkerServer {
                 return Err(status(&Refusal::Stale { member, generation: view.generation.0 }));
             }
         }
-        let mut last = None;
-        let changes = WatchStream::new(self.coordinator.views()).filter_map(move |view| {
+        let changes = WatchStream::new(self.coordinator.orders()).map(move |orders| {
             let _ = &follower;
-            // Renewals change the view too, but nothing that a rank acts on.
-            let message = convert::watch(&coordinator, &view);
-            let news = last.as_ref() != Some(&message);
-            last = Some(message.clone());
-            news.then_some(Ok(message))
+            Ok(convert::watch(&coordinator, &orders))
         });
         Ok(Response::new(Box::pin(changes)))
     }

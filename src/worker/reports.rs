@@ -59,6 +59,7 @@ impl Session {
                 self.request_save().await?;
             }
             Outcome::Trained => {
+                let _ = self.stage.send("holding");
                 let step = self.reported.saved.as_ref().map_or(0, |saved| saved.step);
                 self.reported.trained = Some(v1::ReportTrainedRequest { request_id, member_id, generation, step });
                 self.report_trained().await?;

@@ -419,7 +419,11 @@ impl Session {
             }
             answer => answer.map_err(refused(&self.config, "watch"))?,
         };
-        self.report_again().await?;
+        match self.report_again().await {
+            // Of a job that is over: its ranks are told of the next one.
+            Err(WorkerError::Refused { kind: Kind::Fenced, .. }) => {}
+            told => told?,
+        }
         if self.preempted.load(Ordering::Relaxed) {
             // The signal came once; whether the last coordinator heard of it is not known.
             let _ = drain(&mut self.clients, &self.config).await;
