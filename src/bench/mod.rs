@@ -5,6 +5,7 @@
 
 mod checkpoint;
 mod collective;
+mod coordinator;
 mod device;
 mod limits;
 mod load;
@@ -18,6 +19,7 @@ use serde::Serialize;
 
 pub use checkpoint::checkpoint;
 pub use collective::collective;
+pub use coordinator::coordinator;
 pub use device::{load_to_device, quantize_on_device};
 pub use load::{LoadBench, load};
 pub use nccl::nccl;

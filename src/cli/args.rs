@@ -140,6 +140,15 @@ pub enum BenchCommand {
         #[arg(long, default_value_t = 4, value_parser = clap::value_parser!(u32).range(2..=64))]
         ranks: u32,
     },
+    /// Ranks that do nothing but talk to one coordinator: until they are formed, through a barrier, and its memory
+    Coordinator {
+        /// Where a small model and the coordinator's state go
+        #[arg(long, value_name = "DIR")]
+        directory: PathBuf,
+        /// Numbers of ranks
+        #[arg(long, value_delimiter = ',', default_value = "10,100,1000,2000,5000,10000", value_parser = clap::value_parser!(u32).range(2..=65_536))]
+        ranks: Vec<u32>,
+    },
     /// The time that training stands still for a checkpoint
     Stall {
         /// Where to write

@@ -3,8 +3,8 @@
 use super::args::{BenchCommand, BenchDevice};
 use super::output::{data, fail};
 use crate::bench::{
-    BenchError, Figure, LoadBench, checkpoint, collective, load, load_to_device, nccl, quantize, quantize_on_device,
-    stall,
+    BenchError, Figure, LoadBench, checkpoint, collective, coordinator, load, load_to_device, nccl, quantize,
+    quantize_on_device, stall,
 };
 use crate::config::variable;
 use crate::model::parse_parameters;
@@ -18,6 +18,7 @@ pub(super) fn run(command: &BenchCommand, as_json: bool) -> u8 {
         BenchCommand::Nccl => nccl(variable("NCCL_LIBRARY").map(Into::into)),
         BenchCommand::Collective { ranks } => collective(world(*ranks)),
         BenchCommand::Checkpoint { directory, ranks, mib } => checkpoint(directory, world(*ranks), mib << 20),
+        BenchCommand::Coordinator { directory, ranks } => coordinator(directory, ranks),
         BenchCommand::Stall { directory, mib } => stall(directory, mib << 20),
         BenchCommand::Load { directory, params, ranks, reader_threads, strategy, device } => {
             let parameters = match parse_parameters(params) {

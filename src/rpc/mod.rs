@@ -9,6 +9,7 @@ mod convert;
 mod job;
 mod server;
 mod status;
+mod swarm;
 mod worker;
 
 pub use auth::{Token, TokenError};
@@ -16,3 +17,4 @@ pub use client::{Clients, ConnectError, WATCH_SILENCE, describe_status, patient_
 pub(crate) use convert::training as training_progress;
 pub use server::{Listener, ServeError, serve};
 pub use status::{kind_of, status};
+pub use swarm::{SwarmError, SwarmTimes, swarm};
