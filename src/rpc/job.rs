@@ -1,12 +1,14 @@
 //! `JobService`: what people ask.
 
-use tonic::{Request, Response, Status};
+use tonic::{Code, Request, Response, Status};
 use weightcast_proto::v1;
 use weightcast_proto::v1::job_service_server::JobService;
 
+use super::auth::Role;
+use super::client::MEMBER;
 use super::convert;
 use super::server::expect_deadline;
-use super::status::status;
+use super::status::{refused, status};
 use crate::coordinator::Coordinator;
 use crate::membership::{Event, Phase, Refusal};
 use crate::types::Rank;
@@ -14,6 +16,24 @@ use crate::types::Rank;
 #[derive(Debug)]
 pub(super) struct JobServer {
     pub(super) coordinator: Coordinator,
+}
+
+impl JobServer {
+    /// Refuses the workers' token to all but members, who end on a signal of their scheduler; the control token commands.
+    fn expect_commander<T>(&self, request: &Request<T>) -> Result<(), Status> {
+        if request.extensions().get::<Role>() != Some(&Role::Worker) {
+            return Ok(());
+        }
+        let member = request.metadata().get(MEMBER).and_then(|member| member.to_str().ok());
+        let views = self.coordinator.views();
+        let is_member =
+            member.is_some_and(|member| views.borrow().ranks.iter().any(|rank| rank.member.as_deref() == Some(member)));
+        if is_member {
+            return Ok(());
+        }
+        let message = "the workers' token ends the job for a member only: expected the control token";
+        Err(refused(Code::PermissionDenied, "role", message))
+    }
 }
 
 #[tonic::async_trait]
@@ -87,6 +107,7 @@ impl JobService for JobServer {
 
     async fn drain(&self, request: Request<v1::DrainRequest>) -> Result<Response<v1::DrainResponse>, Status> {
         expect_deadline(&request)?;
+        self.expect_commander(&request)?;
         // A job without a place for checkpoints ends as well, with nothing to save.
         let step = self.coordinator.next_step().filter(|_| request.get_ref().save);
         self.coordinator.apply(Event::DrainRequested(step)).await.map_err(|refusal| status(&refusal))?;
