@@ -74,6 +74,9 @@ fn who_has_no_good_certificate_is_refused_and_told_why() {
     let ended = status(&[]);
     assert_eq!(ended.code, Some(69), "{}", ended.stderr);
 
+    let error = without_certificate(&place, &held.address);
+    assert!(error.to_string().contains("CertificateRequired"), "{error}");
+
     until("the log says why", PATIENCE, || {
         let said = held.job.said();
         said.contains("the other side's certificate has expired")
@@ -83,6 +86,26 @@ fn who_has_no_good_certificate_is_refused_and_told_why() {
     let ended = held.job.wait();
     assert_eq!(ended.code, Some(0), "{}", ended.stderr);
     place.expect_no_process();
+}
+
+/// The first bytes that somebody without a certificate hears.
+fn without_certificate(place: &Place, address: &str) -> std::io::Error {
+    use rustls::pki_types::pem::PemObject as _;
+    use std::io::{Read as _, Write as _};
+    let mut roots = rustls::RootCertStore::empty();
+    let ca = std::fs::read(place.path("good/ca.crt")).expect("a file");
+    roots.add(rustls::pki_types::CertificateDer::from_pem_slice(&ca).expect("PEM")).expect("an authority");
+    let provider = std::sync::Arc::new(rustls::crypto::ring::default_provider());
+    let config = rustls::ClientConfig::builder_with_provider(provider).with_safe_default_protocol_versions();
+    let mut config = config.expect("versions").with_root_certificates(roots).with_no_client_auth();
+    config.alpn_protocols = vec![b"h2".to_vec()];
+    let name = "localhost".try_into().expect("a name");
+    let session = rustls::ClientConnection::new(std::sync::Arc::new(config), name).expect("a session");
+    let socket = std::net::TcpStream::connect(address).expect("listening");
+    let mut stream = rustls::StreamOwned::new(session, socket);
+    // The client is done before the server has looked at its certificate.
+    let _ = stream.write_all(b"PRI * HTTP/2.0\r\n\r\nSM\r\n\r\n");
+    stream.read_exact(&mut [0; 1]).expect_err("no certificate was shown")
 }
 
 /// A new authority takes over while a job runs: connections stay, new ones use the new files.

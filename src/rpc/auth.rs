@@ -191,19 +191,27 @@ impl Token {
         text.parse().map_err(|_| TokenError::Malformed { path: self.path.display().to_string() })
     }
 
-    /// Whether a header has the token, or the one before while that is good.
-    fn accepts(&self, found: &[u8]) -> Result<bool, TokenError> {
+    /// Whether a header has the token as it was read last, or the one before while that is good.
+    fn knows(&self, found: &[u8]) -> Result<bool, TokenError> {
         let is = |text: &str| same(found, format!("Bearer {text}").as_bytes());
         if is(&self.current()?) {
-            return Ok(true);
-        }
-        let may_read = self.rereads.lock().unwrap_or_else(PoisonError::into_inner).take(crate::clock::now());
-        if may_read && is(&self.refresh()?) {
             return Ok(true);
         }
         let known = self.known();
         let previous = known.as_ref().and_then(|known| known.previous.as_ref());
         Ok(previous.is_some_and(|(text, until)| is(text) && crate::clock::now() < *until))
+    }
+
+    /// As [`Self::knows`], after another look at the file if that is needed and was not had too often.
+    fn accepts(&self, found: &[u8]) -> Result<bool, TokenError> {
+        if self.knows(found)? {
+            return Ok(true);
+        }
+        if !self.rereads.lock().unwrap_or_else(PoisonError::into_inner).take(crate::clock::now()) {
+            return Ok(false);
+        }
+        self.refresh()?;
+        self.knows(found)
     }
 }
 
@@ -233,10 +241,16 @@ impl Access {
         let Some(operator) = &self.operator else {
             return Ok(self.worker.accepts(found)?.then_some(Role::Any));
         };
-        if operator.accepts(found)? {
-            return Ok(Some(Role::Operator));
+        // What both have read already comes first: a rank's call does not look at the other's file.
+        for looks in [Token::knows, Token::accepts] {
+            if looks(operator, found)? {
+                return Ok(Some(Role::Operator));
+            }
+            if looks(&self.worker, found)? {
+                return Ok(Some(Role::Worker));
+            }
         }
-        Ok(self.worker.accepts(found)?.then_some(Role::Worker))
+        Ok(None)
     }
 }
 
@@ -248,6 +262,17 @@ fn same(found: &[u8], expected: &[u8]) -> bool {
 #[cfg(test)]
 mod tests {
     use super::*;
+
+    /// Guesses become a bounded number of reads.
+    #[test]
+    fn unknown_tokens_are_looked_up_a_few_times_and_then_twice_a_second() {
+        let start = crate::clock::now();
+        let mut rereads = Rereads { left: REREADS, counted: start };
+        assert!((0..REREADS).all(|_| rereads.take(start)));
+        assert!(!rereads.take(start) && !rereads.take(start + Duration::from_millis(499)));
+        let later = start + Duration::from_secs(1);
+        assert_eq!([later; 3].map(|now| rereads.take(now)), [true, true, false]);
+    }
 
     /// A new token is accepted at once, the one before for a while, another never.
     #[test]

@@ -17,7 +17,8 @@ use super::limits::{LOG_INTERVAL, Peer};
 use super::status::refused;
 use crate::clock::Seldom;
 
-static REFUSED: Seldom = Seldom::every(LOG_INTERVAL);
+/// One for each status code, so that a flood of one kind does not hide another.
+static REFUSED: [Seldom; 17] = [const { Seldom::every(LOG_INTERVAL) }; 17];
 
 /// Which role a method needs.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -130,7 +131,9 @@ fn log(peer: Option<&Peer>, method: &str, status: &Status) {
     let (peer, message) = (address_of(peer), status.message());
     if ordinary {
         tracing::debug!(%peer, method, code = ?status.code(), message, "refused a call");
-    } else if let Some(held_back) = REFUSED.pass() {
+    } else if let Some(held_back) =
+        usize::try_from(i32::from(status.code())).ok().and_then(|code| REFUSED.get(code)?.pass())
+    {
         tracing::warn!(%peer, method, code = ?status.code(), message, held_back, "refused a call");
     }
 }

@@ -9,6 +9,7 @@ use super::client::MEMBER;
 use super::convert;
 use super::server::expect_deadline;
 use super::status::{refused, status};
+use super::validate;
 use crate::coordinator::Coordinator;
 use crate::membership::{Event, Phase, Refusal};
 use crate::types::Rank;
@@ -54,7 +55,8 @@ impl JobService for JobServer {
     ) -> Result<Response<v1::SaveCheckpointResponse>, Status> {
         expect_deadline(&request)?;
         let Some(step) = self.coordinator.next_step() else {
-            return Err(Status::failed_precondition("the job has no checkpoint directory"));
+            let message = "the job has no checkpoint directory";
+            return Err(refused(Code::FailedPrecondition, "no-checkpoints", message));
         };
         // Rises from one coordinator of a job to the next.
         let asked = u64::try_from(crate::clock::unix_ns()).unwrap_or(u64::MAX);
@@ -81,7 +83,8 @@ impl JobService for JobServer {
                 }));
             }
             // The caller's deadline ends the wait.
-            views.changed().await.map_err(|_| Status::unavailable("the coordinator is ending"))?;
+            let ending = |_| refused(Code::Unavailable, "ending", "the coordinator is ending");
+            views.changed().await.map_err(ending)?;
         }
     }
 
@@ -91,14 +94,14 @@ impl JobService for JobServer {
     ) -> Result<Response<v1::UnloadModelResponse>, Status> {
         expect_deadline(&request)?;
         let model = request.into_inner().model;
+        validate::id("model", &model)?;
         let views = self.coordinator.views();
         let others: Vec<String> = views.borrow().models.iter().skip(1).map(|model| model.name.clone()).collect();
         if !others.contains(&model) {
             let expected =
                 if others.is_empty() { "none, because the job has no other".to_owned() } else { others.join(", ") };
-            return Err(Status::not_found(format!(
-                "models that can be unloaded: expected {expected}; found {model:?}"
-            )));
+            let message = format!("models that can be unloaded: expected {expected}; found {model:?}");
+            return Err(refused(Code::NotFound, "no-such-model", &message));
         }
         self.coordinator.apply(Event::UnloadRequested(model)).await.map_err(|refusal| status(&refusal))?;
         let header = convert::header(&self.coordinator, &views.borrow());
@@ -123,7 +126,12 @@ impl JobService for JobServer {
         expect_deadline(&request)?;
         let report = request.into_inner();
         let exit_code = u8::try_from(report.exit_code).unwrap_or(1);
-        let event = Event::ProcessEnded { rank: Rank(report.rank), message: report.message, exit_code };
+        let world = u32::try_from(self.coordinator.views().borrow().ranks.len()).unwrap_or(u32::MAX);
+        if report.rank >= world {
+            return Err(status(&Refusal::NoSuchRank { rank: report.rank, world }));
+        }
+        let message = validate::report(&report.message);
+        let event = Event::ProcessEnded { rank: Rank(report.rank), message, exit_code };
         self.coordinator.apply(event).await.map_err(|refusal| status(&refusal))?;
         let views = self.coordinator.views();
         let header = convert::header(&self.coordinator, &views.borrow());

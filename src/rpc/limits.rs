@@ -38,7 +38,7 @@ pub(super) const MAX_LARGE_MESSAGE_BYTES: usize = 64 << 20;
 pub(super) const KEEPALIVE: Duration = Duration::from_secs(10);
 /// How long the answer to a ping may take.
 pub(super) const KEEPALIVE_TIMEOUT: Duration = Duration::from_secs(20);
-/// Log lines of one kind about what strangers do: one a second, with the number of those that were held back.
+/// Log lines of one kind about what strangers do: a few, then one a second with the number of those that were held back.
 pub(super) const LOG_INTERVAL: Duration = Duration::from_secs(1);
 
 static CROWDED: Seldom = Seldom::every(LOG_INTERVAL);

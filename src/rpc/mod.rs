@@ -13,6 +13,7 @@ mod job;
 mod limits;
 mod server;
 mod status;
+mod validate;
 mod worker;
 
 pub use auth::{Access, Token, TokenError};

@@ -6,7 +6,7 @@ use tokio::net::TcpListener;
 use tokio::sync::mpsc;
 use tokio_stream::wrappers::ReceiverStream;
 use tonic::transport::Server;
-use tonic::{Request, Status};
+use tonic::{Code, Request, Status};
 use weightcast_proto::v1::job_service_server::JobServiceServer;
 use weightcast_proto::v1::worker_service_server::WorkerServiceServer;
 
@@ -18,6 +18,7 @@ use super::limits::{
     KEEPALIVE, KEEPALIVE_TIMEOUT, MAX_HEADER_BYTES, MAX_LARGE_MESSAGE_BYTES, MAX_MESSAGE_BYTES, MAX_PENDING_RESETS,
     MAX_STREAMS,
 };
+use super::status::refused;
 use super::worker::WorkerServer;
 use crate::coordinator::Coordinator;
 use crate::error::{Classify, Kind};
@@ -107,6 +108,6 @@ pub(super) fn expect_deadline<T>(request: &Request<T>) -> Result<(), Status> {
     if request.metadata().contains_key("grpc-timeout") {
         Ok(())
     } else {
-        Err(Status::invalid_argument("no deadline: expected grpc-timeout"))
+        Err(refused(Code::InvalidArgument, "deadline-missing", "no deadline: expected grpc-timeout"))
     }
 }

@@ -319,7 +319,8 @@ impl Session {
         let group = Group { rank: self.config.rank, world: self.config.world };
         let (generation, nccl_unique_id) = (Generation(self.generation), snapshot.nccl_unique_id.clone());
         let root = self.config.checkpoint_root.as_ref().and_then(|root| stored_in(root, &plan));
-        Ok(LoadCommand { plan, root, meeting: Meeting { group, generation, secret, peers, nccl_unique_id } })
+        let tls = self.config.tls.clone();
+        Ok(LoadCommand { plan, root, meeting: Meeting { group, generation, secret, peers, tls, nccl_unique_id } })
     }
 
     /// Gets the plan and checks that it is the one that all ranks have.
