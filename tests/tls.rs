@@ -72,7 +72,8 @@ fn who_has_no_good_certificate_is_refused_and_told_why() {
     let ended = status(&with(&["--tls-server-name", "elsewhere"], &good));
     assert!(ended.stderr.contains("the other side's certificate is for another name"), "{}", ended.stderr);
     let ended = status(&[]);
-    assert_eq!(ended.code, Some(69), "{}", ended.stderr);
+    // Whether the connection ends before or after the call was sent is a race.
+    assert!([Some(69), Some(70)].contains(&ended.code), "{}", ended.stderr);
 
     let error = without_certificate(&place, &held.address);
     assert!(error.to_string().contains("CertificateRequired"), "{error}");

@@ -145,5 +145,12 @@ pub fn patient_request<T>(token: &Token, message: T, deadline: Duration) -> Resu
 /// A status in words.
 #[must_use]
 pub fn describe_status(status: &tonic::Status) -> String {
-    if status.message().is_empty() { status.code().to_string() } else { status.message().to_owned() }
+    match status.message() {
+        "" => status.code().to_string(),
+        // What a client without certificates sees of a coordinator that has some.
+        message if message.starts_with("h2 protocol error") => {
+            format!("{message}; if the coordinator speaks TLS, so must we: --tls-cert, --tls-key, --tls-ca")
+        }
+        message => message.to_owned(),
+    }
 }

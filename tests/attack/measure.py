@@ -1,10 +1,11 @@
-"""The time of a step with and without an attack, by hand: python3 tests/attack/measure.py target/release/weightcast PAIRS
+"""The time of a step with and without an attack, by hand: python3 tests/attack/measure.py target/release/weightcast PAIRS [STEPS]
 
-Runs of two ranks in turn, without and with somebody who opens connections, says nothing, garbage or calls with a wrong token, as
-fast as one thread can. Prints the median time of a step of each run, the ratio of each pair and the median of the ratios.
+Runs of two ranks in turn, without and with somebody who opens connections and says nothing, garbage or half of HTTP/2's
+preface, a hundred times a second (as fast as one thread can with RATE=0 in the environment). Prints the median time of a step of each run, the ratio of each pair and the median of the ratios.
 """
 
 import json
+import os
 import pathlib
 import socket
 import statistics
@@ -19,7 +20,7 @@ JOB = """
 model.source = "{root}/tests/data/tiny-llama"
 checkpoint.directory = "{name}"
 [train]
-steps = 200
+steps = {steps}
 batch-size = 8
 micro-batch-size = 2
 seed = 7
@@ -31,6 +32,8 @@ r = 4
 [train.checkpoint]
 every-minutes = 0
 """
+STEPS = int(sys.argv[3]) if len(sys.argv) > 3 else 200
+RATE = float(os.environ.get("RATE", "100"))
 PREFACE = b"PRI * HTTP/2.0\r\n\r\nSM\r\n\r\n" + bytes([0, 0, 0, 4, 0, 0, 0, 0, 0])
 
 
@@ -44,6 +47,8 @@ def attack(address, stop, count):
             stranger.sendall(said[count[0] % len(said)])
             kept.append(stranger)
             count[0] += 1
+            if RATE:
+                time.sleep(1 / RATE)
         except OSError:
             time.sleep(0.01)
         if len(kept) > 300:
@@ -51,8 +56,8 @@ def attack(address, stop, count):
 
 
 def run(program, name, attacked, place):
-    (place / f"{name}.toml").write_text(JOB.format(root=ROOT, name=name))
-    environment = {"PATH": "/usr/bin:/bin", "XDG_RUNTIME_DIR": str(place / f"run-{name}")}
+    (place / f"{name}.toml").write_text(JOB.format(root=ROOT, name=name, steps=STEPS))
+    environment = os.environ | {"XDG_RUNTIME_DIR": str(place / f"run-{name}")}
     with open(place / f"{name}.log", "w") as log:
         arguments = [program, "launch", "--nproc-per-node", "2", f"{name}.toml"]
         job = subprocess.Popen(arguments, cwd=place, env=environment, stdout=log, stderr=log)
@@ -72,7 +77,7 @@ def run(program, name, attacked, place):
     assert code == 0, (place / f"{name}.log").read_text()
     lines = (place / name / "metrics" / "metrics.jsonl").read_text().splitlines()
     rates = [record["tokens_per_second"] for record in map(json.loads, lines) if record["kind"] == "step"]
-    return 1 / statistics.median(rates[20:]), count[0]
+    return 1 / statistics.median(rates[STEPS // 10 :]), count[0]
 
 
 def main():
