@@ -33,6 +33,7 @@ pub mod rpc;
 pub mod state;
 pub mod store;
 pub mod tasks;
+pub mod tls;
 pub mod train;
 pub mod types;
 pub mod worker;

@@ -6,7 +6,7 @@ use std::time::Duration;
 
 use tokio::signal::unix::{SignalKind, signal};
 
-use super::launch::{Audience, JOIN_DEADLINE, job_record, write_output};
+use super::launch::{Audience, JOIN_DEADLINE, absolute_files, job_record, write_output};
 use super::model_export::ModelExportError;
 use super::prepare::{PrepareError, Prepared};
 use super::queue::{RanksAre, job_maker};
@@ -20,8 +20,10 @@ use crate::coordinator::{
 use crate::error::{Classify, Kind};
 use crate::load::LoadReport;
 use crate::membership::Event;
-use crate::rpc::{Listener, ServeError, Token, TokenError, serve};
+use crate::rpc::{Access, Listener, Security, ServeError, Token, TokenError, serve};
+use crate::store::absolute;
 use crate::tasks::{Tasks, blocking, survive_file_size_limit};
+use crate::tls::{Tls, TlsError, TlsFiles};
 
 /// How long those who follow the job may take to hear of its end.
 const FAREWELL: Duration = Duration::from_secs(3);
@@ -39,6 +41,10 @@ pub struct CoordinatorPlace {
     pub state_directory: PathBuf,
     /// The job's token; made in the state directory when absent.
     pub token_file: Option<PathBuf>,
+    /// The token of those who command the job, if it is not the ranks'.
+    pub control_token_file: Option<PathBuf>,
+    /// The certificates of calls, if they are to be encrypted.
+    pub tls: Option<TlsFiles>,
 }
 
 /// How a job of its own coordinator ended.
@@ -70,6 +76,9 @@ pub enum CoordinateError {
     /// The token.
     #[error(transparent)]
     Token(#[from] TokenError),
+    /// The certificates.
+    #[error(transparent)]
+    Tls(#[from] TlsError),
     /// The port.
     #[error(transparent)]
     Serve(#[from] ServeError),
@@ -98,8 +107,8 @@ pub enum CoordinateError {
     },
     /// Other hosts could read the job's secrets.
     #[error(
-        "--listen {address}: expected an address of this host alone, because calls are not encrypted; \
-             --insecure allows any"
+        "--listen {address}: expected an address of this host alone, because calls are not encrypted; --tls-cert, \
+         --tls-key and --tls-ca encrypt them, --insecure allows any"
     )]
     NotLoopback {
         /// The address.
@@ -114,6 +123,7 @@ impl Classify for CoordinateError {
             Self::Journal(source) => source.kind(),
             Self::Coordinator(source) => source.kind(),
             Self::Token(source) => source.kind(),
+            Self::Tls(source) => source.kind(),
             Self::Serve(source) => source.kind(),
             Self::RunFile(source) => source.kind(),
             Self::Signals { .. } | Self::Broken { .. } => Kind::Internal,
@@ -133,14 +143,14 @@ pub async fn coordinate(
     prepare: impl FnOnce(&JobConfig) -> Result<Prepared, PrepareError> + Send + 'static,
     audience: Audience,
 ) -> Result<Coordinated, CoordinateError> {
-    if !place.listen.ip().is_loopback() && !place.is_insecure {
+    if !place.listen.ip().is_loopback() && !place.is_insecure && place.tls.is_none() {
         return Err(CoordinateError::NotLoopback { address: place.listen });
     }
     survive_file_size_limit().map_err(|source| CoordinateError::Signals { source })?;
     let is_new = rustix::fs::stat(&place.state_directory).is_err();
     let journal = Journal::open(&place.state_directory)?;
     make_private(&place.state_directory, is_new)?;
-    let token = token(&place)?;
+    let security = security(&place)?;
     let mut tasks = Tasks::new();
     // The entry of the cache is the job's until the end; a coordinator that is started again relies on files that are open.
     let mut claim: Vec<CacheClaim> = Vec::new();
@@ -168,7 +178,7 @@ pub async fn coordinate(
     let output = OutputPlace::of(&record);
     let jobs = job_maker(record.after_load.then, listener.address(), RanksAre::Anywhere);
     let directory = RunFile::directory()?;
-    announce(&record, listener.address(), &token, &directory)?;
+    announce(&record, listener.address(), &security, &directory)?;
     // When only the end is left to be told, ranks that lost the coordinator before this one are still on their way here.
     let ended_before = left.as_ref().is_some_and(|(_, end)| end.is_some());
     let farewell = if ended_before { FAREWELL } else { Duration::ZERO };
@@ -181,7 +191,7 @@ pub async fn coordinate(
         jobs,
     };
     let coordinator = Coordinator::start(config, &mut tasks)?;
-    serve(coordinator.clone(), token, listener, &mut tasks);
+    serve(coordinator.clone(), security, listener, &mut tasks);
     crate::faults::point("coordinator.serves");
     let mut signals = Signals::new().map_err(|source| CoordinateError::Signals { source })?;
     let (view, preempted) = until_over(&coordinator, audience, farewell, &mut signals).await;
@@ -248,12 +258,20 @@ impl Signals {
     }
 }
 
-fn announce(record: &JobRecord, address: SocketAddr, token: &Token, directory: &Path) -> Result<(), RunFileError> {
+fn announce(
+    record: &JobRecord,
+    address: SocketAddr,
+    security: &Security,
+    directory: &Path,
+) -> Result<(), RunFileError> {
+    // It is for those who command the job.
+    let token = security.access.operator.as_ref().unwrap_or(&security.access.worker);
     let run = RunFile {
         job: record.job.to_string(),
         coordinator: address.to_string(),
-        token_file: token.path().to_owned(),
+        token_file: absolute(token.path()),
         process_id: std::process::id(),
+        tls: security.tls.as_ref().map(|tls| absolute_files(tls.files())),
     };
     run.write(directory)
 }
@@ -270,6 +288,16 @@ fn make_private(directory: &Path, is_new: bool) -> Result<(), CoordinateError> {
         return Err(CoordinateError::Readable { path, found: mode.as_raw_mode() });
     }
     Ok(())
+}
+
+/// Tokens and certificates, all of them read once, so that what cannot be used is said before anybody is served.
+fn security(place: &CoordinatorPlace) -> Result<Security, CoordinateError> {
+    let operator = place.control_token_file.as_ref().map(Token::at);
+    if let Some(operator) = &operator {
+        operator.header()?;
+    }
+    let tls = place.tls.clone().map(Tls::open).transpose()?;
+    Ok(Security { access: Access { worker: token(place)?, operator }, tls })
 }
 
 fn token(place: &CoordinatorPlace) -> Result<Token, TokenError> {

@@ -8,11 +8,12 @@ use weightcast_launcher::{
     Environment, Event as LaunchEvent, EventSink, Launch, LaunchArgs, Report, run, stop_channel,
 };
 
-use super::launch::{LaunchJobError, worker_command};
+use super::launch::{LaunchJobError, tls_environment, worker_command};
 use crate::plan::DeviceRule;
 use crate::rpc::{Clients, Token};
 use crate::store::absolute;
 use crate::tasks::Tasks;
+use crate::tls::{Tls, TlsFiles};
 
 /// Failed ranks that may wait to be reported; more of one node add nothing.
 const QUEUE: usize = 16;
@@ -26,6 +27,8 @@ pub struct CoordinatorAddress {
     pub address: String,
     /// The job's token.
     pub token_file: PathBuf,
+    /// The certificates, if the job has some.
+    pub tls: Option<TlsFiles>,
     /// Where checkpoints are on this node, if not where the coordinator says.
     pub checkpoint_root: Option<PathBuf>,
     /// What this node's ranks may use before they know the plan; by default what the environment says.
@@ -44,8 +47,10 @@ pub async fn join(
     let token = Token::at(&coordinator.token_file);
     // A token that cannot be read is one error here, not one of each rank.
     token.header()?;
+    let tls = coordinator.tls.clone().map(Tls::open).transpose()?;
     let (token_file, root) = (absolute(&coordinator.token_file), coordinator.checkpoint_root.as_deref().map(absolute));
-    let command = worker_command(&coordinator.address, &token_file, root.as_deref(), coordinator.device);
+    let mut command = worker_command(&coordinator.address, &token_file, root.as_deref(), coordinator.device);
+    command.environment.extend(tls_environment(coordinator.tls.as_ref()));
     let mut launch = Launch::with_command(args, &Environment::of_this_process(), command)?;
     // The launchers of the nodes know each other by the job's token, unless they have one of their own.
     launch.gathering.token_file.get_or_insert_with(|| token_file.clone());
@@ -59,7 +64,7 @@ pub async fn join(
         _ => {}
     }));
     let mut tasks = Tasks::new();
-    tasks.spawn("report failures", report(queue, coordinator.address.clone(), token));
+    tasks.spawn("report failures", report(queue, coordinator.address.clone(), (token, tls)));
     let (stopper, stop) = stop_channel();
     let report = tokio::select! {
         report = run(launch, stop) => report?,
@@ -70,9 +75,9 @@ pub async fn join(
 }
 
 /// Tells the coordinator of ranks that failed, so that it need not wait for their leases.
-async fn report(mut queue: mpsc::Receiver<(u32, String, u8)>, address: String, token: Token) {
+async fn report(mut queue: mpsc::Receiver<(u32, String, u8)>, address: String, (token, tls): (Token, Option<Tls>)) {
     while let Some((rank, message, exit_code)) = queue.recv().await {
-        let told = match Clients::connect(&address).await {
+        let told = match Clients::connect(&address, tls.as_ref()).await {
             Ok(mut clients) => clients.report_process_ended(&token, rank, message, exit_code).await,
             Err(_) => false,
         };

@@ -23,9 +23,10 @@ use crate::error::{Classify, Kind};
 use crate::load::{LoadReport, logical_digests};
 use crate::membership::{AfterLoad, ExitPolicy, Phase};
 use crate::plan::DeviceRule;
-use crate::rpc::{Listener, ServeError, Token, TokenError, serve};
+use crate::rpc::{Access, Listener, Security, ServeError, Token, TokenError, serve};
 use crate::store::absolute;
 use crate::tasks::{Tasks, blocking, survive_file_size_limit};
+use crate::tls::{Tls, TlsError, TlsFiles};
 use crate::types::{BackendWish, Fqn, JobId, Rank, Sharing, TensorDigest, WorldSize};
 
 /// Ranks of one host join within seconds; a scheduler may take minutes to place the last one.
@@ -40,6 +41,8 @@ pub struct LaunchJob {
     pub prepared: Prepared,
     /// The launcher's flags.
     pub args: LaunchArgs,
+    /// The certificates of calls and of the data plane, if they are to be encrypted.
+    pub tls: Option<TlsFiles>,
 }
 
 /// How a launched job ended.
@@ -73,6 +76,9 @@ pub enum LaunchJobError {
     /// The token.
     #[error(transparent)]
     Token(#[from] TokenError),
+    /// The certificates.
+    #[error(transparent)]
+    Tls(#[from] TlsError),
     /// The port.
     #[error(transparent)]
     Serve(#[from] ServeError),
@@ -96,6 +102,7 @@ impl LaunchJobError {
             Self::Coordinator(source) => source.kind().exit_code(),
             Self::Journal(source) => source.kind().exit_code(),
             Self::Token(source) => source.kind().exit_code(),
+            Self::Tls(source) => source.kind().exit_code(),
             Self::Serve(source) => source.kind().exit_code(),
             Self::RunFile(source) => source.kind().exit_code(),
             Self::Signals { .. } => Kind::Internal.exit_code(),
@@ -130,9 +137,10 @@ pub async fn launch(job: LaunchJob, audience: Audience) -> Result<Launched, Laun
 }
 
 async fn launch_in(job: LaunchJob, directory: &Path, audience: Audience) -> Result<Launched, LaunchJobError> {
-    let LaunchJob { config, prepared, args } = job;
+    let LaunchJob { config, prepared, args, tls: tls_files } = job;
     let environment = Environment::of_this_process();
     let token = Token::create(directory)?;
+    let tls = tls_files.clone().map(Tls::open).transpose()?;
     let journal = Journal::open(&directory.join("coordinator"))?;
     let listener = Listener::bind(SocketAddr::new(IpAddr::V4(Ipv4Addr::LOCALHOST), 0)).await?;
     let address = listener.address();
@@ -144,7 +152,8 @@ async fn launch_in(job: LaunchJob, directory: &Path, audience: Audience) -> Resu
         CoordinatorConfig { record, join_deadline: JOIN_DEADLINE, journal, is_restartable: false, left: None, jobs },
         &mut tasks,
     )?;
-    serve(coordinator.clone(), token.clone(), listener, &mut tasks);
+    let security = Security { access: Access { worker: token.clone(), operator: None }, tls };
+    serve(coordinator.clone(), security, listener, &mut tasks);
     crate::faults::point("launcher.serves");
     let (mut views, mut show) = (coordinator.views(), audience.view);
     tasks.spawn("audience", async move {
@@ -157,10 +166,12 @@ async fn launch_in(job: LaunchJob, directory: &Path, audience: Audience) -> Resu
         coordinator: address.to_string(),
         token_file: token.path().to_owned(),
         process_id: std::process::id(),
+        tls: tls_files.as_ref().map(absolute_files),
     };
     run_file.write(directory)?;
 
     let mut command = worker_command(&run_file.coordinator, &run_file.token_file, None, Some(plan.device));
+    command.environment.extend(tls_environment(tls_files.as_ref()));
     if plan.train.is_some() || config.job.hold {
         command.environment.extend(training_environment(plan.world));
     }
@@ -245,6 +256,25 @@ pub(super) fn worker_command(
         };
     }
     RankCommand { program: "/proc/self/exe".into(), args: vec!["worker".into()], environment }
+}
+
+/// The files of `tls` by paths that hold in any directory.
+pub(super) fn absolute_files(tls: &TlsFiles) -> TlsFiles {
+    let TlsFiles { cert, key, ca, server_name } = tls;
+    TlsFiles { cert: absolute(cert), key: absolute(key), ca: absolute(ca), server_name: server_name.clone() }
+}
+
+/// How ranks learn of the certificates.
+pub(super) fn tls_environment(tls: Option<&TlsFiles>) -> Vec<(OsString, OsString)> {
+    let Some(tls) = tls else { return Vec::new() };
+    let TlsFiles { cert, key, ca, server_name } = absolute_files(tls);
+    let mut environment: Vec<(OsString, OsString)> = vec![
+        ("WEIGHTCAST_TLS_CERT".into(), cert.into()),
+        ("WEIGHTCAST_TLS_KEY".into(), key.into()),
+        ("WEIGHTCAST_TLS_CA".into(), ca.into()),
+    ];
+    environment.extend(server_name.map(|name| ("WEIGHTCAST_TLS_SERVER_NAME".into(), name.into())));
+    environment
 }
 
 /// Every step frees and takes the same large buffers. By default glibc gives them back to the kernel each time, and first

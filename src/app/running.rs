@@ -7,6 +7,7 @@ use serde::{Deserialize, Serialize};
 use crate::config::runtime_directory;
 use crate::error::{Classify, Kind};
 use crate::store::{LocalStore, Store, StoreError, read_small, write_small};
+use crate::tls::TlsFiles;
 
 /// A running job.
 #[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
@@ -19,6 +20,9 @@ pub struct RunFile {
     pub token_file: PathBuf,
     /// The launcher's process.
     pub process_id: u32,
+    /// The certificates that it speaks TLS with, if it does.
+    #[serde(default)]
+    pub tls: Option<TlsFiles>,
 }
 
 /// A run file cannot be found or used.

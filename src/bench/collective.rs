@@ -68,6 +68,7 @@ fn run(
                     generation: Generation(1),
                     secret: [7; 32],
                     peers: peers.clone(),
+                    tls: None,
                     deadline: DEFAULT_DEADLINE,
                     idle_deadline: DEFAULT_DEADLINE,
                 };

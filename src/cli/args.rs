@@ -9,6 +9,7 @@ use super::estimate::EstimateFlags;
 use super::quantize::QuantizeFlags;
 use crate::config::{JobConfig, ResumePolicy};
 use crate::plan::{Placement, Strategy};
+use crate::tls::TlsFiles;
 use crate::types::{BackendWish, DeviceWish};
 
 /// Loads a large model onto many ranks in low memory, quantized on the way, and checkpoints all ranks as one
@@ -41,7 +42,7 @@ pub enum Command {
     /// Coordinate one job as a process of its own, which may be started again: for several nodes, and for schedulers
     Coordinator(Box<CoordinatorFlags>),
     /// Be one rank of a job, as the launcher or a scheduler starts it
-    Worker,
+    Worker(WorkerFlags),
     /// Say what each rank would read and keep, without loading anything; for a model's profile, what it would take on which
     /// devices
     Plan(Box<PlanFlags>),
@@ -182,6 +183,42 @@ pub enum BenchDevice {
     Cuda,
 }
 
+/// Mutual TLS.
+#[derive(Clone, Debug, Default, PartialEq, Eq, Args)]
+#[command(next_help_heading = "TLS")]
+pub struct TlsFlags {
+    /// This side's certificate and intermediate ones (PEM); read again when it changes
+    #[arg(long, value_name = "FILE", env = "WEIGHTCAST_TLS_CERT", requires_all = ["tls_key", "tls_ca"])]
+    pub tls_cert: Option<PathBuf>,
+    /// Its private key (PEM), which others than owner and group must not be able to read
+    #[arg(long, value_name = "FILE", env = "WEIGHTCAST_TLS_KEY", requires_all = ["tls_cert", "tls_ca"])]
+    pub tls_key: Option<PathBuf>,
+    /// The authorities that sign this job's certificates (PEM); the other side must show one of theirs
+    #[arg(long, value_name = "FILE", env = "WEIGHTCAST_TLS_CA", requires_all = ["tls_cert", "tls_key"])]
+    pub tls_ca: Option<PathBuf>,
+    /// The name in the coordinator's certificate, if it is not the host that it is called by
+    #[arg(long, value_name = "NAME", env = "WEIGHTCAST_TLS_SERVER_NAME", requires = "tls_cert")]
+    pub tls_server_name: Option<String>,
+}
+
+impl TlsFlags {
+    /// The files, if TLS is asked for.
+    #[must_use]
+    pub fn files(self) -> Option<TlsFiles> {
+        let Self { tls_cert, tls_key, tls_ca, tls_server_name: server_name } = self;
+        let (cert, key, ca) = (tls_cert?, tls_key?, tls_ca?);
+        Some(TlsFiles { cert, key, ca, server_name })
+    }
+}
+
+/// `weightcast worker`
+#[derive(Debug, Args)]
+pub struct WorkerFlags {
+    /// How its connections are encrypted
+    #[command(flatten)]
+    pub tls: TlsFlags,
+}
+
 /// `weightcast launch`
 #[derive(Debug, Args)]
 pub struct LaunchFlags {
@@ -197,6 +234,9 @@ pub struct LaunchFlags {
     /// The token of that job
     #[arg(long, value_name = "PATH", requires = "coordinator")]
     pub token_file: Option<PathBuf>,
+    /// How calls and the data plane are encrypted
+    #[command(flatten)]
+    pub tls: TlsFlags,
     /// The launcher's flags, and the job file or program
     #[command(flatten)]
     pub launch: LaunchArgs,
@@ -220,6 +260,12 @@ pub struct CoordinatorFlags {
     /// The job's token; made as DIR/token when absent
     #[arg(long, value_name = "PATH")]
     pub token_file: Option<PathBuf>,
+    /// The token of those who command the job: save, drain, unload. The job's token is then for ranks and launchers alone
+    #[arg(long, value_name = "PATH")]
+    pub control_token_file: Option<PathBuf>,
+    /// How calls are encrypted
+    #[command(flatten)]
+    pub tls: TlsFlags,
     /// The job, instead of or over a job file
     #[command(flatten)]
     pub job: JobOverrides,
@@ -422,9 +468,12 @@ pub struct JobFlags {
     /// The coordinator's host:port, for a job of another host
     #[arg(long, value_name = "ADDRESS", requires = "token_file")]
     pub coordinator: Option<String>,
-    /// The job's token
+    /// The job's token; its control token, if it has one
     #[arg(long, value_name = "PATH")]
     pub token_file: Option<PathBuf>,
+    /// How calls are encrypted, for a job of another host
+    #[command(flatten)]
+    pub tls: TlsFlags,
     /// Print JSON on stdout
     #[arg(long)]
     pub json: bool,

@@ -13,6 +13,7 @@ use crate::app::{RunFile, RunFileError};
 use crate::error::Kind;
 use crate::metrics::sparkline;
 use crate::rpc::{Clients, ConnectError, Token, TokenError, describe_status, kind_of, patient_request, request};
+use crate::tls::{Tls, TlsError};
 
 /// Ranks renew twice a second.
 const WATCH_INTERVAL: Duration = Duration::from_secs(1);
@@ -28,6 +29,8 @@ pub(super) enum JobError {
     Connect(#[from] ConnectError),
     #[error(transparent)]
     Token(#[from] TokenError),
+    #[error(transparent)]
+    Tls(#[from] TlsError),
     #[error("the coordinator refused: {message}")]
     Refused { message: String, kind: Kind },
     #[error("cannot start: {0}")]
@@ -40,6 +43,7 @@ impl crate::error::Classify for JobError {
             Self::RunFile(source) => source.kind(),
             Self::Connect(source) => source.kind(),
             Self::Token(source) => source.kind(),
+            Self::Tls(source) => source.kind(),
             Self::Refused { kind, .. } => *kind,
             Self::Runtime(_) => Kind::Internal,
         }
@@ -53,14 +57,15 @@ impl From<tonic::Status> for JobError {
 }
 
 pub(super) async fn connect(flags: &JobFlags) -> Result<(Clients, Token), JobError> {
-    let (address, token) = match (&flags.coordinator, &flags.token_file) {
-        (Some(address), Some(token)) => (address.clone(), Token::at(token)),
+    let (address, token, tls) = match (&flags.coordinator, &flags.token_file) {
+        (Some(address), Some(token)) => (address.clone(), Token::at(token), flags.tls.clone().files()),
         _ => {
             let run = RunFile::find(flags.job.as_deref())?;
-            (run.coordinator, Token::at(run.token_file))
+            (run.coordinator, Token::at(run.token_file), run.tls)
         }
     };
-    Ok((Clients::connect(&address).await?, token))
+    let tls = tls.map(Tls::open).transpose()?;
+    Ok((Clients::connect(&address, tls.as_ref()).await?, token))
 }
 
 pub(super) fn block_on<T>(work: impl Future<Output = Result<T, JobError>>) -> Result<T, JobError> {

@@ -12,10 +12,12 @@ use crate::app::{
 use crate::config::JobConfig;
 use crate::membership::Phase;
 use crate::plan::DeviceRule;
+use crate::tls::TlsFiles;
 use crate::types::{Sharing, WorldSize};
 
 pub(super) fn run(flags: LaunchFlags) -> u8 {
-    let LaunchFlags { job, json, coordinator, token_file, launch } = flags;
+    let LaunchFlags { job, json, coordinator, token_file, tls, launch } = flags;
+    let tls = tls.files();
     if let (Some(address), Some(token_file)) = (coordinator, token_file) {
         if job.names_a_job() || !launch.command.is_empty() {
             say("error: --coordinator: the coordinator knows the job; expected no model, job file or program");
@@ -40,7 +42,7 @@ pub(super) fn run(flags: LaunchFlags) -> u8 {
         if restarts(&launch) {
             return super::EXIT_USAGE;
         }
-        return join_job(&launch, &CoordinatorAddress { address, token_file, checkpoint_root, device });
+        return join_job(&launch, &CoordinatorAddress { address, token_file, tls, checkpoint_root, device });
     }
     let file = launch
         .command
@@ -71,7 +73,7 @@ pub(super) fn run(flags: LaunchFlags) -> u8 {
     job.apply(&mut config);
     let default_nproc_per_node = config.job.ranks_per_node.map(std::num::NonZeroU32::get);
     let launch = LaunchArgs { command: Vec::new(), default_nproc_per_node, ..launch };
-    run_job(config, launch, json)
+    run_job((config, tls), launch, json)
 }
 
 /// Whether ranks are to be started again one by one, which a job has no use for: says so.
@@ -105,7 +107,7 @@ fn join_job(args: &LaunchArgs, coordinator: &CoordinatorAddress) -> u8 {
     }
 }
 
-fn run_job(config: JobConfig, args: LaunchArgs, as_json: bool) -> u8 {
+fn run_job((config, tls): (JobConfig, Option<TlsFiles>), args: LaunchArgs, as_json: bool) -> u8 {
     super::arm_faults("launcher");
     let layout = match weightcast_launcher::resolve(&args, &Environment::of_this_process()) {
         Ok(layout) => layout,
@@ -144,7 +146,7 @@ fn run_job(config: JobConfig, args: LaunchArgs, as_json: bool) -> u8 {
         Ok(runtime) => runtime,
         Err(error) => return fail_with(&error, 70),
     };
-    let job = LaunchJob { config, prepared, args };
+    let job = LaunchJob { config, prepared, args, tls };
     let mut line = ProgressLine::new();
     let audience =
         Audience { note: |note| say(&format!("[launcher] {note}")), view: Box::new(move |view| line.show(view)) };

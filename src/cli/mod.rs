@@ -59,7 +59,7 @@ pub fn main(arguments: impl Iterator<Item = std::ffi::OsString>) -> u8 {
     match arguments.command {
         Command::Launch(flags) => launch::run(*flags),
         Command::Coordinator(flags) => coordinator::run(*flags),
-        Command::Worker => worker::run(),
+        Command::Worker(flags) => worker::run(flags),
         Command::Plan(flags) => plan::run(&flags),
         Command::Adapter { command } => adapter::run(&command),
         Command::Model { command } => model::run(&command),

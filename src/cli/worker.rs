@@ -1,21 +1,28 @@
 //! `weightcast worker`.
 
+use super::args::WorkerFlags;
 use super::output::{fail, fail_with};
 use crate::config::{WorkerEnvironment, host_name, variable};
 use crate::device::LocalRank;
 use crate::rpc::Token;
+use crate::tls::Tls;
 use crate::worker::{self, Ended, WorkerConfig};
 
 /// How long the coordinator may be out of reach: a restart of it takes a second or two.
 const COORDINATOR_DEADLINE: std::time::Duration = std::time::Duration::from_secs(10);
 
-pub(super) fn run() -> u8 {
+pub(super) fn run(flags: WorkerFlags) -> u8 {
     let environment = match WorkerEnvironment::read(&variable) {
         Ok(environment) => environment,
         Err(error) => return fail(&error),
     };
     super::arm_faults(&format!("rank{}", environment.rank));
+    let tls = match flags.tls.files().map(Tls::open).transpose() {
+        Ok(tls) => tls,
+        Err(error) => return fail(&error),
+    };
     let config = WorkerConfig {
+        tls,
         rank: environment.rank,
         world: environment.world,
         coordinator: environment.coordinator,

@@ -2,7 +2,11 @@
 //!
 //! Decisions take an [`Instant`] as an argument; only shells call [`now`].
 
+mod seldom;
+
 pub use std::time::Instant;
+
+pub use seldom::Seldom;
 
 /// The monotonic time.
 #[must_use]

@@ -315,8 +315,10 @@ impl Coordinator {
 
     /// The bytes of the plan in parts of at most `bytes`.
     #[must_use]
-    pub fn plan_parts(&self, bytes: usize) -> Vec<Vec<u8>> {
-        self.current().plan_bytes.chunks(bytes).map(<[u8]>::to_vec).collect()
+    pub fn plan_parts(&self, bytes: usize) -> impl Iterator<Item = Vec<u8>> + Send + use<> {
+        let current = self.current();
+        let count = current.plan_bytes.len().div_ceil(bytes);
+        (0..count).filter_map(move |index| Some(current.plan_bytes.chunks(bytes).nth(index)?.to_vec()))
     }
 
     /// This process of the coordinator.
@@ -337,10 +339,12 @@ impl Coordinator {
         Arc::strong_count(&self.shared.audience) > 1
     }
 
-    /// Keeps the figures of a rank's load for the summary; what cannot be read is passed over. A rank says them again to a
+    /// Keeps the figures of a rank's load for the summary; what cannot be read, or is another rank's, is passed over. A rank says them again to a
     /// coordinator that was restarted.
-    pub fn record_load(&self, report_json: &str) {
-        if let Ok(report) = serde_json::from_str::<LoadReport>(report_json) {
+    pub fn record_load(&self, rank: Rank, report_json: &str) {
+        if let Ok(report) = serde_json::from_str::<LoadReport>(report_json)
+            && report.rank == rank
+        {
             let mut loads = self.shared.loads.lock().unwrap_or_else(PoisonError::into_inner);
             loads.retain(|known| known.rank != report.rank);
             loads.push(report);

@@ -10,7 +10,6 @@ use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 use std::time::{Duration, Instant};
 
 use tonic::metadata::{Ascii, MetadataValue};
-use tonic::{Request, Status};
 
 use crate::store::{LocalStore, Store, StoreError, read_small};
 
@@ -20,11 +19,43 @@ const MAX_TOKEN_BYTES: u64 = 4096;
 /// How long a token is used before its file is read again.
 const REFRESH: Duration = Duration::from_secs(5);
 
+/// Reads of the file because of tokens that nobody knows: this many at once, then two a second. Wrong tokens come from
+/// anybody, and a read waits for a disk.
+const REREADS: u32 = 16;
+/// After this long there is one more.
+const REREAD_INTERVAL: Duration = Duration::from_millis(500);
+
 /// Where the token is, and what it was.
 #[derive(Clone)]
 pub struct Token {
     path: PathBuf,
     known: Arc<Mutex<Option<Known>>>,
+    rereads: Arc<Mutex<Rereads>>,
+}
+
+/// How many reads of the file are left.
+struct Rereads {
+    left: u32,
+    counted: Instant,
+}
+
+impl Default for Rereads {
+    fn default() -> Self {
+        Self { left: REREADS, counted: crate::clock::now() }
+    }
+}
+
+impl Rereads {
+    fn take(&mut self, now: Instant) -> bool {
+        let earned = now.saturating_duration_since(self.counted).as_millis() / REREAD_INTERVAL.as_millis();
+        if earned > 0 {
+            self.left = self.left.saturating_add(u32::try_from(earned).unwrap_or(REREADS)).min(REREADS);
+            self.counted = now;
+        }
+        let is_left = self.left > 0;
+        self.left = self.left.saturating_sub(1);
+        is_left
+    }
 }
 
 struct Known {
@@ -69,7 +100,7 @@ impl Token {
     /// The token in the file at `path`.
     #[must_use]
     pub fn at(path: impl Into<PathBuf>) -> Self {
-        Self { path: path.into(), known: Arc::default() }
+        Self { path: path.into(), known: Arc::default(), rereads: Arc::default() }
     }
 
     /// Makes a new token in a new file that only this user can read.
@@ -160,10 +191,10 @@ impl Token {
         text.parse().map_err(|_| TokenError::Malformed { path: self.path.display().to_string() })
     }
 
-    /// Whether a header has the token, or the one before while that is good.
-    fn accepts(&self, found: &[u8]) -> Result<bool, TokenError> {
+    /// Whether a header has the token as it was read last, or the one before while that is good.
+    fn knows(&self, found: &[u8]) -> Result<bool, TokenError> {
         let is = |text: &str| same(found, format!("Bearer {text}").as_bytes());
-        if is(&self.current()?) || is(&self.refresh()?) {
+        if is(&self.current()?) {
             return Ok(true);
         }
         let known = self.known();
@@ -171,16 +202,55 @@ impl Token {
         Ok(previous.is_some_and(|(text, until)| is(text) && crate::clock::now() < *until))
     }
 
-    /// Lets a request pass that has the token.
-    pub(super) fn check<T>(&self, request: Request<T>) -> Result<Request<T>, Status> {
-        let Some(found) = request.metadata().get("authorization") else {
-            return Err(Status::unauthenticated("no job token: expected authorization metadata"));
+    /// As [`Self::knows`], after another look at the file if that is needed and was not had too often.
+    fn accepts(&self, found: &[u8]) -> Result<bool, TokenError> {
+        if self.knows(found)? {
+            return Ok(true);
+        }
+        if !self.rereads.lock().unwrap_or_else(PoisonError::into_inner).take(crate::clock::now()) {
+            return Ok(false);
+        }
+        self.refresh()?;
+        self.knows(found)
+    }
+}
+
+/// Whose tokens open which doors.
+#[derive(Clone, Debug)]
+pub struct Access {
+    /// The ranks', and everybody's when there is no other.
+    pub worker: Token,
+    /// That of people and schedulers who command the job.
+    pub operator: Option<Token>,
+}
+
+/// What a caller may do, by its token.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub(super) enum Role {
+    /// Everything, because there is one token.
+    Any,
+    /// What ranks and their launchers do.
+    Worker,
+    /// Command the job.
+    Operator,
+}
+
+impl Access {
+    /// The role of the token in a header; none when nobody knows it.
+    pub(super) fn role(&self, found: &[u8]) -> Result<Option<Role>, TokenError> {
+        let Some(operator) = &self.operator else {
+            return Ok(self.worker.accepts(found)?.then_some(Role::Any));
         };
-        let accepted = self.accepts(found.as_bytes()).map_err(|error| {
-            tracing::error!(%error, "the job's token cannot be read");
-            Status::unavailable("the job's token cannot be read by the coordinator")
-        })?;
-        if accepted { Ok(request) } else { Err(Status::permission_denied("wrong job token")) }
+        // What both have read already comes first: a rank's call does not look at the other's file.
+        for looks in [Token::knows, Token::accepts] {
+            if looks(operator, found)? {
+                return Ok(Some(Role::Operator));
+            }
+            if looks(&self.worker, found)? {
+                return Ok(Some(Role::Worker));
+            }
+        }
+        Ok(None)
     }
 }
 
@@ -192,6 +262,17 @@ fn same(found: &[u8], expected: &[u8]) -> bool {
 #[cfg(test)]
 mod tests {
     use super::*;
+
+    /// Guesses become a bounded number of reads.
+    #[test]
+    fn unknown_tokens_are_looked_up_a_few_times_and_then_twice_a_second() {
+        let start = crate::clock::now();
+        let mut rereads = Rereads { left: REREADS, counted: start };
+        assert!((0..REREADS).all(|_| rereads.take(start)));
+        assert!(!rereads.take(start) && !rereads.take(start + Duration::from_millis(499)));
+        let later = start + Duration::from_secs(1);
+        assert_eq!([later; 3].map(|now| rereads.take(now)), [true, true, false]);
+    }
 
     /// A new token is accepted at once, the one before for a while, another never.
     #[test]

@@ -9,7 +9,9 @@ use weightcast_proto::v1::job_service_client::JobServiceClient;
 use weightcast_proto::v1::worker_service_client::WorkerServiceClient;
 
 use super::auth::{Token, TokenError};
+use super::connect::TlsConnector;
 use crate::error::{Classify, Kind};
+use crate::tls::Tls;
 
 /// How long a connection may take to be made.
 const CONNECT_TIMEOUT: Duration = Duration::from_secs(5);
@@ -19,6 +21,9 @@ const CALL_DEADLINE: Duration = Duration::from_secs(20);
 const KEEPALIVE: Duration = Duration::from_secs(2);
 /// After this long without an answer to a ping a watch is broken.
 pub const WATCH_SILENCE: Duration = Duration::from_secs(3);
+
+/// Metadata with the member that asks for the end of its job.
+pub const MEMBER: &str = "weightcast-member";
 
 /// The coordinator cannot be reached.
 #[derive(Debug, thiserror::Error)]
@@ -40,6 +45,14 @@ pub enum ConnectError {
         /// Why, with all sources.
         reason: String,
     },
+    /// One side does not believe the other's certificate, or speaks no TLS.
+    #[error("coordinator at {address}: TLS: {reason}")]
+    Tls {
+        /// The address.
+        address: String,
+        /// Whose certificate, and why.
+        reason: String,
+    },
     /// The token cannot be read.
     #[error(transparent)]
     Token(#[from] TokenError),
@@ -48,7 +61,7 @@ pub enum ConnectError {
 impl Classify for ConnectError {
     fn kind(&self) -> Kind {
         match self {
-            Self::Address { .. } => Kind::Conflict,
+            Self::Address { .. } | Self::Tls { .. } => Kind::Conflict,
             Self::Unreachable { .. } => Kind::Unavailable,
             Self::Token(source) => source.kind(),
         }
@@ -65,11 +78,11 @@ pub struct Clients {
 }
 
 impl Clients {
-    /// Connects to the coordinator at `host:port`.
+    /// Connects to the coordinator at `host:port`, with TLS where there are certificates.
     ///
     /// # Errors
     /// [`ConnectError`].
-    pub async fn connect(address: &str) -> Result<Self, ConnectError> {
+    pub async fn connect(address: &str, tls: Option<&Tls>) -> Result<Self, ConnectError> {
         let bad = |source| ConnectError::Address { address: address.to_owned(), source };
         let endpoint = Endpoint::from_shared(format!("http://{address}"))
             .map_err(bad)?
@@ -77,10 +90,21 @@ impl Clients {
             .http2_keep_alive_interval(KEEPALIVE)
             .keep_alive_timeout(WATCH_SILENCE)
             .tcp_nodelay(true);
-        let channel = endpoint.connect().await.map_err(|error| ConnectError::Unreachable {
+        let unreachable = |error: tonic::transport::Error| ConnectError::Unreachable {
             address: address.to_owned(),
             reason: crate::error::chain(&error),
-        })?;
+        };
+        let channel = match tls {
+            None => endpoint.connect().await.map_err(unreachable)?,
+            Some(tls) => {
+                let connector = TlsConnector::new(tls.clone(), address);
+                let connected = endpoint.connect_with_connector(connector.clone()).await;
+                connected.map_err(|error| match connector.failure() {
+                    Some(reason) => ConnectError::Tls { address: address.to_owned(), reason },
+                    None => unreachable(error),
+                })?
+            }
+        };
         Ok(Self { worker: WorkerServiceClient::new(channel.clone()), job: JobServiceClient::new(channel) })
     }
 }
@@ -121,5 +145,12 @@ pub fn patient_request<T>(token: &Token, message: T, deadline: Duration) -> Resu
 /// A status in words.
 #[must_use]
 pub fn describe_status(status: &tonic::Status) -> String {
-    if status.message().is_empty() { status.code().to_string() } else { status.message().to_owned() }
+    match status.message() {
+        "" => status.code().to_string(),
+        // What a client without certificates sees of a coordinator that has some.
+        message if message.starts_with("h2 protocol error") => {
+            format!("{message}; if the coordinator speaks TLS, so must we: --tls-cert, --tls-key, --tls-ca")
+        }
+        message => message.to_owned(),
+    }
 }

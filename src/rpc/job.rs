@@ -2,13 +2,16 @@
 
 use std::path::PathBuf;
 
-use tonic::{Request, Response, Status};
+use tonic::{Code, Request, Response, Status};
 use weightcast_proto::v1;
 use weightcast_proto::v1::job_service_server::JobService;
 
+use super::auth::Role;
+use super::client::MEMBER;
 use super::convert;
 use super::server::expect_deadline;
-use super::status::status;
+use super::status::{refused, status};
+use super::validate;
 use crate::coordinator::{Coordinator, JobText};
 use crate::membership::{Event, Phase, Refusal};
 use crate::types::Rank;
@@ -16,6 +19,24 @@ use crate::types::Rank;
 #[derive(Debug)]
 pub(super) struct JobServer {
     pub(super) coordinator: Coordinator,
+}
+
+impl JobServer {
+    /// Refuses the workers' token to all but members, who end on a signal of their scheduler; the control token commands.
+    fn expect_commander<T>(&self, request: &Request<T>) -> Result<(), Status> {
+        if request.extensions().get::<Role>() != Some(&Role::Worker) {
+            return Ok(());
+        }
+        let member = request.metadata().get(MEMBER).and_then(|member| member.to_str().ok());
+        let views = self.coordinator.views();
+        let is_member =
+            member.is_some_and(|member| views.borrow().ranks.iter().any(|rank| rank.member.as_deref() == Some(member)));
+        if is_member {
+            return Ok(());
+        }
+        let message = "the workers' token ends the job for a member only: expected the control token";
+        Err(refused(Code::PermissionDenied, "role", message))
+    }
 }
 
 #[tonic::async_trait]
@@ -36,7 +57,8 @@ impl JobService for JobServer {
     ) -> Result<Response<v1::SaveCheckpointResponse>, Status> {
         expect_deadline(&request)?;
         let Some(step) = self.coordinator.next_step() else {
-            return Err(Status::failed_precondition("the job has no checkpoint directory"));
+            let message = "the job has no checkpoint directory";
+            return Err(refused(Code::FailedPrecondition, "no-checkpoints", message));
         };
         // Rises from one coordinator of a job to the next.
         let asked = u64::try_from(crate::clock::unix_ns()).unwrap_or(u64::MAX);
@@ -63,7 +85,8 @@ impl JobService for JobServer {
                 }));
             }
             // The caller's deadline ends the wait.
-            views.changed().await.map_err(|_| Status::unavailable("the coordinator is ending"))?;
+            let ending = |_| refused(Code::Unavailable, "ending", "the coordinator is ending");
+            views.changed().await.map_err(ending)?;
         }
     }
 
@@ -73,14 +96,14 @@ impl JobService for JobServer {
     ) -> Result<Response<v1::UnloadModelResponse>, Status> {
         expect_deadline(&request)?;
         let model = request.into_inner().model;
+        validate::id("model", &model)?;
         let views = self.coordinator.views();
         let others: Vec<String> = views.borrow().models.iter().skip(1).map(|model| model.name.clone()).collect();
         if !others.contains(&model) {
             let expected =
                 if others.is_empty() { "none, because the job has no other".to_owned() } else { others.join(", ") };
-            return Err(Status::not_found(format!(
-                "models that can be unloaded: expected {expected}; found {model:?}"
-            )));
+            let message = format!("models that can be unloaded: expected {expected}; found {model:?}");
+            return Err(refused(Code::NotFound, "no-such-model", &message));
         }
         self.coordinator.apply(Event::UnloadRequested(model)).await.map_err(|refusal| status(&refusal))?;
         let header = convert::header(&self.coordinator, &views.borrow());
@@ -89,6 +112,7 @@ impl JobService for JobServer {
 
     async fn drain(&self, request: Request<v1::DrainRequest>) -> Result<Response<v1::DrainResponse>, Status> {
         expect_deadline(&request)?;
+        self.expect_commander(&request)?;
         // A job without a place for checkpoints ends as well, with nothing to save.
         let step = self.coordinator.next_step().filter(|_| request.get_ref().save);
         self.coordinator.apply(Event::DrainRequested(step)).await.map_err(|refusal| status(&refusal))?;
@@ -141,7 +165,12 @@ impl JobService for JobServer {
         expect_deadline(&request)?;
         let report = request.into_inner();
         let exit_code = u8::try_from(report.exit_code).unwrap_or(1);
-        let event = Event::ProcessEnded { rank: Rank(report.rank), message: report.message, exit_code };
+        let world = u32::try_from(self.coordinator.views().borrow().ranks.len()).unwrap_or(u32::MAX);
+        if report.rank >= world {
+            return Err(status(&Refusal::NoSuchRank { rank: report.rank, world }));
+        }
+        let message = validate::report(&report.message);
+        let event = Event::ProcessEnded { rank: Rank(report.rank), message, exit_code };
         self.coordinator.apply(event).await.map_err(|refusal| status(&refusal))?;
         let views = self.coordinator.views();
         let header = convert::header(&self.coordinator, &views.borrow());

@@ -1,27 +1,38 @@
 //! Serving the contract on a port.
 
 use std::net::SocketAddr;
-use std::time::Duration;
 
 use tokio::net::TcpListener;
-use tokio_stream::wrappers::TcpListenerStream;
-use tonic::service::interceptor::InterceptedService;
+use tokio::sync::mpsc;
+use tokio_stream::wrappers::ReceiverStream;
 use tonic::transport::Server;
-use tonic::{Request, Status};
+use tonic::{Code, Request, Status};
 use weightcast_proto::v1::job_service_server::JobServiceServer;
 use weightcast_proto::v1::worker_service_server::WorkerServiceServer;
 
-use super::auth::Token;
+use super::accept::{QUEUE, accept};
+use super::auth::Access;
+use super::gate::{BySize, Gate};
 use super::job::JobServer;
+use super::limits::{
+    KEEPALIVE, KEEPALIVE_TIMEOUT, MAX_HEADER_BYTES, MAX_LARGE_MESSAGE_BYTES, MAX_MESSAGE_BYTES, MAX_PENDING_RESETS,
+    MAX_STREAMS,
+};
+use super::status::refused;
 use super::worker::WorkerServer;
 use crate::coordinator::Coordinator;
 use crate::error::{Classify, Kind};
 use crate::tasks::Tasks;
+use crate::tls::Tls;
 
-/// HTTP/2 pings find dead connections; liveness of ranks is the lease's business.
-const KEEPALIVE: Duration = Duration::from_secs(10);
-/// Receipts name every chunk of a rank: 200 bytes each, so this is room for 300,000.
-const MAX_MESSAGE_BYTES: usize = 64 << 20;
+/// Who may call, and how connections are encrypted.
+#[derive(Clone, Debug)]
+pub struct Security {
+    /// The tokens.
+    pub access: Access,
+    /// The certificates; none means that calls are not encrypted.
+    pub tls: Option<Tls>,
+}
 
 /// The server cannot start.
 #[derive(Debug, thiserror::Error)]
@@ -66,18 +77,27 @@ impl Listener {
 }
 
 /// Serves the coordinator within `tasks`.
-pub fn serve(coordinator: Coordinator, token: Token, listener: Listener, tasks: &mut Tasks) {
-    let worker = WorkerServiceServer::new(WorkerServer { coordinator: coordinator.clone() })
-        .max_decoding_message_size(MAX_MESSAGE_BYTES);
-    let job = JobServiceServer::new(JobServer { coordinator });
-    let job_token = token.clone();
+pub fn serve(coordinator: Coordinator, security: Security, listener: Listener, tasks: &mut Tasks) {
+    let Security { access, tls } = security;
+    let worker = WorkerServiceServer::new(WorkerServer { coordinator: coordinator.clone() });
+    let worker = BySize::new(
+        worker.clone().max_decoding_message_size(MAX_MESSAGE_BYTES),
+        worker.max_decoding_message_size(MAX_LARGE_MESSAGE_BYTES),
+        &["ReportSaved", "ReportLoaded"],
+    );
+    let job = JobServiceServer::new(JobServer { coordinator }).max_decoding_message_size(MAX_MESSAGE_BYTES);
     let server = Server::builder()
         .http2_keepalive_interval(Some(KEEPALIVE))
-        .tcp_nodelay(true)
-        .add_service(InterceptedService::new(worker, move |request| token.check(request)))
-        .add_service(InterceptedService::new(job, move |request| job_token.check(request)));
+        .http2_keepalive_timeout(Some(KEEPALIVE_TIMEOUT))
+        .http2_max_header_list_size(MAX_HEADER_BYTES)
+        .http2_max_pending_accept_reset_streams(Some(MAX_PENDING_RESETS))
+        .max_concurrent_streams(MAX_STREAMS)
+        .add_service(Gate::new(worker, access.clone()))
+        .add_service(Gate::new(job, access));
+    let (served, arrivals) = mpsc::channel(QUEUE);
+    tasks.spawn("rpc listener", accept(listener.listener, tls, served));
     tasks.spawn("rpc server", async move {
-        if let Err(error) = server.serve_with_incoming(TcpListenerStream::new(listener.listener)).await {
+        if let Err(error) = server.serve_with_incoming(ReceiverStream::new(arrivals)).await {
             tracing::error!(%error, "the gRPC server ended");
         }
     });
@@ -88,6 +108,6 @@ pub(super) fn expect_deadline<T>(request: &Request<T>) -> Result<(), Status> {
     if request.metadata().contains_key("grpc-timeout") {
         Ok(())
     } else {
-        Err(Status::invalid_argument("no deadline: expected grpc-timeout"))
+        Err(refused(Code::InvalidArgument, "deadline-missing", "no deadline: expected grpc-timeout"))
     }
 }

@@ -14,6 +14,16 @@ const DOMAIN: &str = "weightcast.v1";
 /// When to try again.
 const RETRY_DELAY: Duration = Duration::from_millis(500);
 
+/// The status of a caller who is refused for `reason`.
+pub(super) fn refused(code: Code, reason: &str, message: &str) -> Status {
+    let mut details = ErrorDetails::new();
+    details.set_error_info(reason, DOMAIN, HashMap::new());
+    if code == Code::Unavailable {
+        details.set_retry_info(Some(RETRY_DELAY));
+    }
+    Status::with_error_details(code, message, details)
+}
+
 /// The status of an error.
 #[must_use]
 pub fn status<E: Classify>(error: &E) -> Status {

@@ -152,7 +152,7 @@ async fn renew(mut clients: Clients, token: Token, member_id: String, mut over: 
 
 impl Rank {
     async fn join(address: &str, token: Token, number: u32, world: u32) -> Result<Self, SwarmError> {
-        let mut clients = Clients::connect(address).await?;
+        let mut clients = Clients::connect(address, None).await?;
         let join = v1::JoinRequest {
             request_id: format!("swarm-{number}"),
             rank: number,

@@ -4,13 +4,14 @@ use std::pin::Pin;
 
 use tokio_stream::wrappers::WatchStream;
 use tokio_stream::{Stream, StreamExt as _};
-use tonic::{Request, Response, Status};
+use tonic::{Code, Request, Response, Status};
 use weightcast_proto::v1::worker_service_server::WorkerService;
 use weightcast_proto::{PROTOCOL_VERSION, v1};
 
 use super::convert;
 use super::server::expect_deadline;
-use super::status::status;
+use super::status::{refused, status};
+use super::validate;
 use crate::coordinator::Coordinator;
 use crate::membership::{Event, JoinInfo, LEASE, Phase, RENEW_INTERVAL, Refusal};
 use crate::types::{Attempt, Generation, Rank, Step};
@@ -30,6 +31,13 @@ impl WorkerServer {
         Some(convert::header(&self.coordinator, &self.coordinator.views().borrow()))
     }
 
+    /// The rank of a member.
+    fn rank_of(&self, member: &str) -> Option<Rank> {
+        let views = self.coordinator.views();
+        let view = views.borrow();
+        view.ranks.iter().find(|rank| rank.member.as_deref() == Some(member)).map(|rank| rank.rank)
+    }
+
     async fn apply(&self, event: Event) -> Result<(), Status> {
         self.coordinator.apply(event).await.map_err(|refusal| status(&refusal))
     }
@@ -41,11 +49,13 @@ impl WorkerService for WorkerServer {
         expect_deadline(&request)?;
         let join = request.into_inner();
         if join.protocol_version != PROTOCOL_VERSION {
-            return Err(Status::failed_precondition(format!(
+            let message = format!(
                 "rank {} speaks protocol version {}, this coordinator {PROTOCOL_VERSION}",
                 join.rank, join.protocol_version
-            )));
+            );
+            return Err(refused(Code::FailedPrecondition, "protocol-version", &message));
         }
+        validate::join(&join)?;
         let (request_id, rank) = (join.request_id.clone(), Rank(join.rank));
         self.apply(Event::Join(JoinInfo {
             request_id: join.request_id,
@@ -65,7 +75,8 @@ impl WorkerService for WorkerServer {
             let own = view.ranks.get(rank.index()).filter(|rank| rank.request_id == request_id);
             own.and_then(|rank| rank.member.clone())
         };
-        let member_id = member.ok_or_else(|| Status::internal("the member vanished while it joined"))?;
+        let member_id =
+            member.ok_or_else(|| refused(Code::Internal, "internal", "the member vanished while it joined"))?;
         let milliseconds = |duration: std::time::Duration| u32::try_from(duration.as_millis()).unwrap_or(u32::MAX);
         Ok(Response::new(v1::JoinResponse {
             header: self.header(),
@@ -79,6 +90,7 @@ impl WorkerService for WorkerServer {
 
     async fn watch(&self, request: Request<v1::WatchRequest>) -> Result<Response<Self::WatchStream>, Status> {
         let member = request.into_inner().member_id;
+        validate::id("member_id", &member)?;
         let coordinator = self.coordinator.clone();
         let follower = coordinator.follow();
         {
@@ -100,6 +112,8 @@ impl WorkerService for WorkerServer {
     async fn renew(&self, request: Request<v1::RenewRequest>) -> Result<Response<v1::RenewResponse>, Status> {
         expect_deadline(&request)?;
         let renew = request.into_inner();
+        validate::id("member_id", &renew.member_id)?;
+        validate::progress(renew.progress.as_ref())?;
         let progress = convert::progress(renew.progress);
         self.apply(Event::Renew { member: renew.member_id, progress }).await?;
         Ok(Response::new(v1::RenewResponse { header: self.header() }))
@@ -109,12 +123,9 @@ impl WorkerService for WorkerServer {
 
     async fn get_plan(&self, _request: Request<v1::GetPlanRequest>) -> Result<Response<Self::GetPlanStream>, Status> {
         let header = self.header();
-        let parts: Vec<_> = self
-            .coordinator
-            .plan_parts(PLAN_PART_BYTES)
-            .into_iter()
-            .map(|part| Ok(v1::GetPlanResponse { header: header.clone(), part }))
-            .collect();
+        // Each part is copied when it is sent, so that callers who do not read cost nothing.
+        let parts = self.coordinator.plan_parts(PLAN_PART_BYTES);
+        let parts = parts.map(move |part| Ok(v1::GetPlanResponse { header: header.clone(), part }));
         Ok(Response::new(Box::pin(tokio_stream::iter(parts))))
     }
 
@@ -125,8 +136,13 @@ impl WorkerService for WorkerServer {
         expect_deadline(&request)?;
         let report = request.into_inner();
         tracing::debug!(member = report.member_id, figures = report.report_json, "rank loaded");
-        self.coordinator.record_load(&report.report_json);
-        self.apply(Event::Loaded { member: report.member_id, generation: Generation(report.generation) }).await?;
+        validate::id("member_id", &report.member_id)?;
+        let (member, generation) = (report.member_id, Generation(report.generation));
+        // A rank speaks for itself alone. Before the event, which may be what the end of the job waits for.
+        if let Some(rank) = self.rank_of(&member) {
+            self.coordinator.record_load(rank, &report.report_json);
+        }
+        self.apply(Event::Loaded { member, generation }).await?;
         Ok(Response::new(v1::ReportLoadedResponse { header: self.header() }))
     }
 
@@ -136,8 +152,8 @@ impl WorkerService for WorkerServer {
     ) -> Result<Response<v1::ReportSavedResponse>, Status> {
         expect_deadline(&request)?;
         let report = request.into_inner();
-        let receipt = serde_json::from_str(&report.receipt_json)
-            .map_err(|error| Status::invalid_argument(format!("receipt cannot be read: {error}")))?;
+        validate::id("member_id", &report.member_id)?;
+        let receipt = validate::receipt(&report.receipt_json)?;
         self.apply(Event::Saved {
             member: report.member_id,
             generation: Generation(report.generation),
@@ -180,7 +196,7 @@ impl WorkerService for WorkerServer {
         self.apply(Event::Failed {
             member: report.member_id,
             generation: Generation(report.generation),
-            message: report.message,
+            message: validate::report(&report.message),
             exit_code: u8::try_from(report.exit_code).unwrap_or(1),
             lost_peer: report.lost_peer.map(Rank),
         })

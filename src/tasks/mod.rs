@@ -35,6 +35,11 @@ impl Tasks {
         });
     }
 
+    /// Forgets those that have ended, where tasks come and go without an end.
+    pub fn reap(&mut self) {
+        while self.set.try_join_next().is_some() {}
+    }
+
     /// Waits for all tasks to end by themselves, at most `deadline`; what is left is aborted.
     pub async fn finish(mut self, deadline: Duration) {
         let joined = async { while self.set.join_next().await.is_some() {} };

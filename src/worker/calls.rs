@@ -8,7 +8,7 @@ use weightcast_proto::v1;
 
 use super::{WorkerConfig, WorkerError};
 use crate::error::{Kind, chain};
-use crate::rpc::{Clients, describe_status, kind_of, request};
+use crate::rpc::{Clients, MEMBER, describe_status, kind_of, request};
 
 /// Between tries to reach the coordinator.
 pub(super) const RETRY_DELAY: Duration = Duration::from_millis(200);
@@ -37,10 +37,12 @@ pub(super) fn refused(config: &WorkerConfig, action: &'static str) -> impl Fn(to
 }
 
 /// Asks for an orderly end, with a checkpoint if the job can write one and has none.
-pub(super) async fn drain(clients: &mut Clients, config: &WorkerConfig) -> Result<(), String> {
+pub(super) async fn drain(clients: &mut Clients, config: &WorkerConfig, member: &str) -> Result<(), String> {
     let request_id = format!("drain-{}-{:x}", config.rank, crate::clock::unix_ns());
     let message = v1::DrainRequest { request_id, save: true };
-    let message = request(&config.token, message).map_err(|error| chain(&error))?;
+    let mut message = request(&config.token, message).map_err(|error| chain(&error))?;
+    let member = member.parse().map_err(|_| format!("member id {member:?} fits in no header"))?;
+    message.metadata_mut().insert(MEMBER, member);
     match clients.job.drain(message).await {
         // A job that is over needs no request to end.
         Err(status) if kind_of(&status) != Kind::Fenced => Err(describe_status(&status)),
@@ -53,7 +55,7 @@ pub(super) async fn enter(
     config: &WorkerConfig,
     join: &v1::JoinRequest,
 ) -> Result<(Clients, Joined, Streaming<v1::WatchResponse>), WorkerError> {
-    let mut clients = Clients::connect(&config.coordinator).await?;
+    let mut clients = Clients::connect(&config.coordinator, config.tls.as_ref()).await?;
     let (member, snapshots) = join_and_watch(&mut clients, config, join).await?;
     Ok((clients, member, snapshots))
 }

@@ -73,7 +73,8 @@ impl WorkerError {
     /// Whether the coordinator was only away.
     pub(super) const fn is_transient(&self) -> bool {
         match self {
-            Self::Connect(ConnectError::Unreachable { .. }) => true,
+            // Certificates are rotated on both sides, and not at the same moment.
+            Self::Connect(ConnectError::Unreachable { .. } | ConnectError::Tls { .. }) => true,
             Self::Refused { kind, .. } => kind.is_retryable(),
             _ => false,
         }

@@ -25,6 +25,7 @@ pub use session::{Ended, run};
 
 use crate::device::LocalRank;
 use crate::rpc::Token;
+use crate::tls::Tls;
 use crate::types::{DeviceWish, Rank, Sharing, WorldSize};
 
 /// What a worker is started with.
@@ -38,6 +39,8 @@ pub struct WorkerConfig {
     pub coordinator: String,
     /// The job's token.
     pub token: Token,
+    /// The certificates of control plane and data plane; none means that neither is encrypted.
+    pub tls: Option<Tls>,
     /// The address that the data plane listens on, with a free port; by default this host's address on the way to the
     /// coordinator.
     pub data_ip: Option<IpAddr>,

@@ -15,6 +15,7 @@ use crate::comm::{Communicator, Counters, Group};
 use crate::device::{self, Device, DeviceError};
 use crate::error::{Kind, chain};
 use crate::plan::DeviceRule;
+use crate::tls::Tls;
 use crate::types::{BackendWish, Generation, Rank, Sharing};
 
 /// What a rank has.
@@ -83,6 +84,8 @@ pub(super) struct Meeting {
     pub(super) generation: Generation,
     pub(super) secret: [u8; 32],
     pub(super) peers: Vec<SocketAddr>,
+    /// Encrypts what the ranks say to each other over TCP.
+    pub(super) tls: Option<Tls>,
     /// Empty unless every rank can use NCCL.
     pub(super) nccl_unique_id: Vec<u8>,
 }
@@ -144,7 +147,7 @@ impl Plane {
 
     /// Connects this rank with the others; `watched` can end that, and later every call.
     pub(super) fn connect(self, meeting: Meeting, port: TcpPort, watched: &Watched) -> Result<Connected, Failure> {
-        let Meeting { group, generation, secret, peers, .. } = meeting;
+        let Meeting { group, generation, secret, peers, tls, .. } = meeting;
         let failed = |error| comm_failure(&error, group.rank);
         let (deadline, idle_deadline) = (DEFAULT_DEADLINE, DEFAULT_IDLE_DEADLINE);
         if group.rank == Rank::ZERO {
@@ -153,13 +156,16 @@ impl Plane {
         match self {
             Self::Tcp => {
                 watched.set_abort(port.abort_handle());
-                let config = TcpConfig { group, generation, secret, peers, deadline, idle_deadline };
+                let config = TcpConfig { group, generation, secret, peers, tls, deadline, idle_deadline };
                 let comm = tcp::connect(config, port).map_err(failed)?;
                 watched.set_abort(comm.abort_handle());
                 let counters = comm.counters();
                 Ok((Box::new(comm), counters))
             }
             Self::Nccl { library, unique_id, device } => {
+                if tls.is_some() && group.rank == Rank::ZERO {
+                    tracing::warn!("NCCL does not encrypt what ranks say to each other; --backend tcp does");
+                }
                 let config = NcclConfig { group, library, unique_id, device, deadline, idle_deadline };
                 let connecting = nccl::start(config).map_err(failed)?;
                 watched.set_abort(connecting.abort_handle());

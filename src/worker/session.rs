@@ -169,12 +169,14 @@ impl Session {
         let mut terminate = signal(SignalKind::terminate())
             .map_err(|source| WorkerError::System { what: "handling SIGTERM", source })?;
         let (preempted, mut clients, config) = (self.preempted.clone(), self.clients.clone(), self.config.clone());
+        let member = self.member.subscribe();
         tasks.spawn("drain", async move {
             while terminate.recv().await.is_some() {
                 // A launcher that lost a rank sends this signal to the others too; then the session ends meanwhile.
                 tokio::time::sleep(CULPRIT_FIRST).await;
                 preempted.store(true, Ordering::Relaxed);
-                if let Err(reason) = drain(&mut clients, &config).await {
+                let member = member.borrow().clone();
+                if let Err(reason) = drain(&mut clients, &config, &member).await {
                     tracing::warn!(reason, "the coordinator did not take the request to end");
                 }
             }
@@ -323,7 +325,8 @@ impl Session {
         let group = Group { rank: self.config.rank, world: self.config.world };
         let (generation, nccl_unique_id) = (Generation(self.generation), snapshot.nccl_unique_id.clone());
         let root = self.config.checkpoint_root.as_ref().and_then(|root| stored_in(root, &plan));
-        let meeting = Meeting { group, generation, secret, peers, nccl_unique_id };
+        let tls = self.config.tls.clone();
+        let meeting = Meeting { group, generation, secret, peers, tls, nccl_unique_id };
         Ok(LoadCommand { plan, root, base_id: snapshot.base_id.clone(), meeting })
     }
 
@@ -408,7 +411,7 @@ impl Session {
     }
 
     async fn rejoin(&mut self) -> Result<Streaming<v1::WatchResponse>, WorkerError> {
-        self.clients = Clients::connect(&self.config.coordinator).await?;
+        self.clients = Clients::connect(&self.config.coordinator, self.config.tls.as_ref()).await?;
         let member = self.member.borrow().clone();
         let snapshots = match open_watch(&mut self.clients, &self.config, &member).await {
             // Before its generation was formed, a rank is known to nobody but the coordinator that has gone.
@@ -426,7 +429,8 @@ impl Session {
         }
         if self.preempted.load(Ordering::Relaxed) {
             // The signal came once; whether the last coordinator heard of it is not known.
-            let _ = drain(&mut self.clients, &self.config).await;
+            let member = self.member.borrow().clone();
+            let _ = drain(&mut self.clients, &self.config, &member).await;
         }
         Ok(snapshots)
     }

@@ -6,17 +6,18 @@
 //! The dialer says who it is; the acceptor refuses with a code or answers with a proof that it knows the generation's
 //! secret; the dialer checks it and proves the same. Both proofs are HMAC-SHA256 over a label for the side, everything
 //! the dialer said, and a nonce of either side, so that neither can be replayed or reflected.
-//! The secret keeps strangers and stale ranks out; the frames that follow carry checksums, not signatures.
+//! The secret keeps strangers and stale ranks out; the frames that follow carry checksums, not signatures. In TLS the proofs
+//! are over a secret of the session too, so that nobody who has a certificate can stand between two ranks and pass them on.
 //!
 //! `CM-5`: all messages have a fixed length.
 
 use std::fmt;
-use std::io::{self, Read as _};
-use std::net::TcpStream;
+use std::io::{self, IoSlice};
 
 use hmac::{Hmac, KeyInit as _, Mac as _};
 use sha2::Sha256;
 
+use super::pipe::{BINDING_BYTES, Pipe};
 use crate::comm::{Group, Refusal};
 use crate::types::{Generation, Rank};
 
@@ -94,7 +95,7 @@ impl<const N: usize> Message<N> {
     }
 
     /// Whether all bytes are there now.
-    fn read(&mut self, mut stream: &TcpStream) -> io::Result<bool> {
+    fn read(&mut self, stream: &Pipe) -> io::Result<bool> {
         while self.done < N {
             match stream.read(&mut self.bytes[self.done..]) {
                 Ok(0) => return Err(io::ErrorKind::UnexpectedEof.into()),
@@ -108,16 +109,19 @@ impl<const N: usize> Message<N> {
     }
 
     /// Whether all bytes are sent now.
-    fn write(&mut self, stream: &TcpStream) -> io::Result<bool> {
+    fn write(&mut self, stream: &Pipe) -> io::Result<bool> {
         while self.done < N {
-            match rustix::net::send(stream, &self.bytes[self.done..], rustix::net::SendFlags::NOSIGNAL) {
+            match stream.send(&[IoSlice::new(&self.bytes[self.done..])]) {
                 Ok(count) => self.done += count,
-                Err(rustix::io::Errno::AGAIN) => return Ok(false),
-                Err(rustix::io::Errno::INTR) => {}
-                Err(error) => return Err(error.into()),
+                Err(error) if error.kind() == io::ErrorKind::WouldBlock => return Ok(false),
+                Err(error) if error.kind() == io::ErrorKind::Interrupted => {}
+                Err(error) => return Err(error),
             }
         }
-        Ok(true)
+        match stream.flush() {
+            Err(error) if error.kind() == io::ErrorKind::WouldBlock => Ok(false),
+            flushed => flushed.map(|()| true),
+        }
     }
 }
 
@@ -132,6 +136,7 @@ pub(super) struct Dial {
 #[derive(Debug)]
 enum DialStage {
     Connecting,
+    Encrypting,
     Hello(Message<HELLO_BYTES>),
     Answer(Message<ANSWER_BYTES>),
     Proof(Message<PROOF_BYTES>),
@@ -154,7 +159,7 @@ impl Dial {
     }
 
     /// Goes as far as the socket allows.
-    pub(super) fn advance(&mut self, stream: &TcpStream, identity: &Identity) -> Result<Step<()>, HandshakeError> {
+    pub(super) fn advance(&mut self, stream: &Pipe, identity: &Identity) -> Result<Step<()>, HandshakeError> {
         loop {
             match &mut self.stage {
                 DialStage::Connecting => {
@@ -162,13 +167,17 @@ impl Dial {
                         return Err(error.into());
                     }
                     match stream.peer_addr() {
-                        Ok(_) => self.stage = DialStage::Hello(Message::new(self.hello)),
+                        Ok(_) => self.stage = DialStage::Encrypting,
                         Err(error) if error.kind() == io::ErrorKind::NotConnected => {
                             return Ok(Step::Blocked(Wants::Write));
                         }
                         Err(error) => return Err(error.into()),
                     }
                 }
+                DialStage::Encrypting => match stream.shake_hands()? {
+                    Some(wants) => return Ok(Step::Blocked(wants)),
+                    None => self.stage = DialStage::Hello(Message::new(self.hello)),
+                },
                 DialStage::Hello(message) => {
                     if !message.write(stream)? {
                         return Ok(Step::Blocked(Wants::Write));
@@ -180,7 +189,7 @@ impl Dial {
                         return Ok(Step::Blocked(Wants::Read));
                     }
                     let answer = message.bytes;
-                    let proof = self.check_answer(&answer, identity)?;
+                    let proof = self.check_answer(&answer, identity, &stream.binding()?)?;
                     self.stage = DialStage::Proof(Message::new(proof));
                 }
                 DialStage::Proof(message) => {
@@ -196,6 +205,7 @@ impl Dial {
         &self,
         answer: &[u8; ANSWER_BYTES],
         identity: &Identity,
+        binding: &Binding,
     ) -> Result<[u8; PROOF_BYTES], HandshakeError> {
         let mut fields = Fields(answer);
         let (code, detail) = (fields.u32(), fields.u64());
@@ -204,10 +214,10 @@ impl Dial {
         if let Some(refusal) = refusal_of(code, detail, identity, self.to) {
             return Err(HandshakeError::Refused(refusal));
         }
-        mac(&identity.secret, ACCEPTOR, &self.hello, &nonce)
+        mac(identity, ACCEPTOR, [&self.hello, &nonce, binding])
             .verify_slice(&theirs)
             .map_err(|_| HandshakeError::Refused(Refusal::Secret))?;
-        Ok(mac(&identity.secret, DIALER, &self.hello, &nonce).finalize().into_bytes().into())
+        Ok(mac(identity, DIALER, [&self.hello, &nonce, binding]).finalize().into_bytes().into())
     }
 }
 
@@ -221,6 +231,7 @@ pub(super) struct Answer {
 
 #[derive(Debug)]
 enum AnswerStage {
+    Encrypting,
     Hello(Message<HELLO_BYTES>),
     Answer(Message<ANSWER_BYTES>, Option<Refusal>),
     Proof(Message<PROOF_BYTES>),
@@ -229,19 +240,22 @@ enum AnswerStage {
 impl Answer {
     /// For a connection that was just accepted.
     pub(super) fn new() -> io::Result<Self> {
-        let stage = AnswerStage::Hello(Message::new([0; HELLO_BYTES]));
-        Ok(Self { hello: [0; HELLO_BYTES], nonce: nonce()?, stage })
+        Ok(Self { hello: [0; HELLO_BYTES], nonce: nonce()?, stage: AnswerStage::Encrypting })
     }
 
     /// Goes as far as the socket allows; gives the dialer's rank. `is_taken` says whether a rank is connected already.
     pub(super) fn advance(
         &mut self,
-        stream: &TcpStream,
+        stream: &Pipe,
         identity: &Identity,
         is_taken: impl Fn(Rank) -> bool,
     ) -> Result<Step<Rank>, HandshakeError> {
         loop {
             match &mut self.stage {
+                AnswerStage::Encrypting => match stream.shake_hands()? {
+                    Some(wants) => return Ok(Step::Blocked(wants)),
+                    None => self.stage = AnswerStage::Hello(Message::new([0; HELLO_BYTES])),
+                },
                 AnswerStage::Hello(message) => {
                     if !message.read(stream)? {
                         return Ok(Step::Blocked(Wants::Read));
@@ -251,7 +265,7 @@ impl Answer {
                     if refusal == Some(Refusal::Protocol) {
                         return Err(HandshakeError::Refused(Refusal::Protocol));
                     }
-                    let answer = self.answer(refusal, identity);
+                    let answer = self.answer(refusal, identity, &stream.binding()?);
                     self.stage = AnswerStage::Answer(Message::new(answer), refusal);
                 }
                 AnswerStage::Answer(message, refusal) => {
@@ -267,7 +281,7 @@ impl Answer {
                     if !message.read(stream)? {
                         return Ok(Step::Blocked(Wants::Read));
                     }
-                    mac(&identity.secret, DIALER, &self.hello, &self.nonce)
+                    mac(identity, DIALER, [&self.hello, &self.nonce, &stream.binding()?])
                         .verify_slice(&message.bytes)
                         .map_err(|_| HandshakeError::Refused(Refusal::Secret))?;
                     return Ok(Step::Done(HelloFields::of(&self.hello).from));
@@ -276,11 +290,11 @@ impl Answer {
         }
     }
 
-    fn answer(&self, refusal: Option<Refusal>, identity: &Identity) -> [u8; ANSWER_BYTES] {
+    fn answer(&self, refusal: Option<Refusal>, identity: &Identity, binding: &Binding) -> [u8; ANSWER_BYTES] {
         let (code, detail) = code_of(refusal.as_ref(), identity);
         let proof: [u8; PROOF_BYTES] = match refusal {
             Some(_) => [0; PROOF_BYTES],
-            None => mac(&identity.secret, ACCEPTOR, &self.hello, &self.nonce).finalize().into_bytes().into(),
+            None => mac(identity, ACCEPTOR, [&self.hello, &self.nonce, binding]).finalize().into_bytes().into(),
         };
         let answer = [&code.to_le_bytes()[..], &detail.to_le_bytes(), &self.nonce, &proof].concat();
         answer.try_into().expect("the fields above have ANSWER_BYTES together")
@@ -377,11 +391,14 @@ fn refusal_of(code: u32, detail: u64, identity: &Identity, to: Rank) -> Option<R
     }
 }
 
-fn mac(secret: &[u8; 32], label: &[u8], hello: &[u8; HELLO_BYTES], nonce: &[u8; NONCE_BYTES]) -> Hmac<Sha256> {
-    let mut mac = Hmac::<Sha256>::new_from_slice(secret).expect("HMAC takes keys of any length");
+/// A secret of the TLS session; zeros without TLS.
+type Binding = [u8; BINDING_BYTES];
+
+/// A proof over a side's label, and what the dialer said, the acceptor's nonce and the binding, all of fixed lengths.
+fn mac(identity: &Identity, label: &[u8], parts: [&[u8]; 3]) -> Hmac<Sha256> {
+    let mut mac = Hmac::<Sha256>::new_from_slice(&identity.secret).expect("HMAC takes keys of any length");
     mac.update(label);
-    mac.update(hello);
-    mac.update(nonce);
+    parts.into_iter().for_each(|part| mac.update(part));
     mac
 }
 

@@ -5,12 +5,10 @@
 //! Each connection carries data in one direction only, from the rank that dialed to the rank that accepted; the other
 //! direction carries nothing but one goodbye (`CM-3`).
 
-use std::io::{self, IoSlice, IoSliceMut, Read as _};
-use std::net::TcpStream;
+use std::io::{self, IoSlice, IoSliceMut};
 use std::sync::Arc;
 
-use rustix::net::{SendAncillaryBuffer, SendFlags};
-
+use super::pipe::Pipe;
 use super::wire::{BadHeader, Frame, HEADER_BYTES, Header, MAX_REASON_BYTES, decode_goodbye};
 use crate::comm::MessageId;
 use crate::comm::error::Goodbye;
@@ -34,7 +32,7 @@ pub(super) enum LinkError {
 /// The sending side of a connection.
 #[derive(Debug)]
 pub(super) struct OutLink {
-    pub(super) stream: Arc<TcpStream>,
+    pub(super) stream: Arc<Pipe>,
     header: [u8; HEADER_BYTES],
     /// Bytes of the current frame, header included, that are sent.
     written: usize,
@@ -44,7 +42,7 @@ pub(super) struct OutLink {
 /// The receiving side of a connection.
 #[derive(Debug)]
 pub(super) struct InLink {
-    pub(super) stream: Arc<TcpStream>,
+    pub(super) stream: Arc<Pipe>,
     header: [u8; HEADER_BYTES],
     header_have: usize,
     /// The next frame's header, which is read together with the end of this one's payload.
@@ -57,7 +55,7 @@ pub(super) struct InLink {
 }
 
 impl OutLink {
-    pub(super) const fn new(stream: Arc<TcpStream>) -> Self {
+    pub(super) const fn new(stream: Arc<Pipe>) -> Self {
         Self { stream, header: [0; HEADER_BYTES], written: 0, back: Back::new() }
     }
 
@@ -76,21 +74,20 @@ impl OutLink {
             let header_rest = self.header.get(self.written..).unwrap_or_default();
             let payload_rest = payload.get(self.written.saturating_sub(HEADER_BYTES)..).unwrap_or_default();
             let parts = [IoSlice::new(header_rest), IoSlice::new(payload_rest)];
-            let sent = rustix::net::sendmsg(
-                &self.stream,
-                &parts,
-                &mut SendAncillaryBuffer::default(),
-                SendFlags::NOSIGNAL | SendFlags::DONTWAIT,
-            );
-            match sent {
+            match self.stream.send(&parts) {
                 Ok(count) => {
                     self.written += count;
                     *moved += count;
                 }
-                Err(rustix::io::Errno::AGAIN) => return Ok(false),
-                Err(rustix::io::Errno::INTR) => {}
-                Err(error) => return Err(LinkError::Io(error.into())),
+                Err(error) if error.kind() == io::ErrorKind::WouldBlock => return Ok(false),
+                Err(error) if error.kind() == io::ErrorKind::Interrupted => {}
+                Err(error) => return Err(LinkError::Io(error)),
             }
+        }
+        match self.stream.flush() {
+            Ok(()) => {}
+            Err(error) if error.kind() == io::ErrorKind::WouldBlock => return Ok(false),
+            Err(error) => return Err(LinkError::Io(error)),
         }
         self.written = 0;
         Ok(true)
@@ -103,7 +100,7 @@ impl OutLink {
 }
 
 impl InLink {
-    pub(super) const fn new(stream: Arc<TcpStream>) -> Self {
+    pub(super) const fn new(stream: Arc<Pipe>) -> Self {
         Self {
             stream,
             header: [0; HEADER_BYTES],
@@ -130,7 +127,7 @@ impl InLink {
             let wanted = rest.len();
             let ahead = self.ahead.get_mut(self.ahead_have..).unwrap_or_default();
             let mut parts = [IoSliceMut::new(rest), IoSliceMut::new(ahead)];
-            let Some(count) = read(|| (&*self.stream).read_vectored(&mut parts))? else { return Ok(None) };
+            let Some(count) = read(|| self.stream.read_vectored(&mut parts))? else { return Ok(None) };
             *moved += count;
             self.payload_have += count.min(wanted);
             self.ahead_have += count.saturating_sub(wanted);
@@ -152,7 +149,7 @@ impl InLink {
         }
         while self.header_have < HEADER_BYTES {
             let rest = self.header.get_mut(self.header_have..).unwrap_or_default();
-            let Some(count) = read(|| (&*self.stream).read(rest))? else { return Ok(None) };
+            let Some(count) = read(|| self.stream.read(rest))? else { return Ok(None) };
             *moved += count;
             self.header_have += count;
         }
@@ -190,11 +187,11 @@ impl Back {
         Self { header: [0; HEADER_BYTES], have: 0, reason: Reason::new() }
     }
 
-    fn hear(&mut self, stream: &TcpStream) -> Option<LinkError> {
+    fn hear(&mut self, stream: &Pipe) -> Option<LinkError> {
         self.try_hear(stream).unwrap_or_else(Some)
     }
 
-    fn try_hear(&mut self, mut stream: &TcpStream) -> Result<Option<LinkError>, LinkError> {
+    fn try_hear(&mut self, stream: &Pipe) -> Result<Option<LinkError>, LinkError> {
         while self.have < HEADER_BYTES {
             let rest = self.header.get_mut(self.have..).unwrap_or_default();
             let Some(count) = read(|| stream.read(rest))? else { return Ok(None) };
@@ -216,7 +213,7 @@ impl Reason {
     }
 
     /// The goodbye with this header, once its reason has arrived. The header's limit bounds what is kept (`CM-5`).
-    fn goodbye(&mut self, header: &[u8; HEADER_BYTES], mut stream: &TcpStream) -> Result<Option<Goodbye>, LinkError> {
+    fn goodbye(&mut self, header: &[u8; HEADER_BYTES], stream: &Pipe) -> Result<Option<Goodbye>, LinkError> {
         let Header::Goodbye { code, culprit, length, crc } = Header::decode(header).map_err(LinkError::Corrupt)? else {
             let found = as_u64(usize::from(header[4]));
             return Err(LinkError::Corrupt(BadHeader { what: "kind of a goodbye", expected: 255, found }));

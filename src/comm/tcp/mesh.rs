@@ -8,35 +8,40 @@
 //!   rings and chains, the owners it sends to, log2 of the world for barriers.
 
 use std::io;
-use std::net::{SocketAddr, TcpStream};
+use std::net::SocketAddr;
 use std::os::fd::{AsFd, BorrowedFd};
 use std::sync::Arc;
 use std::time::Duration;
 
 use rustix::event::{PollFd, PollFlags, Timespec};
-use rustix::net::{AddressFamily, SocketFlags, SocketType};
 
 use super::handshake::{Answer, Dial, HandshakeError, Identity, Step, Wants};
 use super::link::{InLink, LinkError, OutLink};
+use super::pipe::Pipe;
 use super::shared::Shared;
+use super::socket::{prepare, start_connect};
 use super::wire::{Frame, HEADER_BYTES, Header};
+use crate::clock::Seldom;
 use crate::comm::abort::AbortFlag;
 use crate::comm::error::Goodbye;
 use crate::comm::patience::Patience;
 use crate::comm::{CommError, Counters, Operation};
+use crate::tls::Tls;
 use crate::types::Rank;
 
 /// How long a connection may take to say who it is. It says so without waiting for anybody, so this is round trips only.
 const HANDSHAKE_DEADLINE: Duration = Duration::from_secs(10);
-/// Handshakes in progress besides one for every rank: room for strangers, such as port scanners, without locking peers out.
+/// Handshakes in progress besides one for every rank: room for strangers, such as port scanners. When there is none left
+/// the oldest one goes, so that a peer, which speaks at once, comes through whatever others do.
 const MAX_STRANGERS: usize = 64;
-/// When a silent connection is first probed, then every [`KEEPALIVE_INTERVAL`]; after [`KEEPALIVE_PROBES`] unanswered
-/// ones the peer's host counts as gone: after 30 s. A killed process is seen at once; this is for hosts that vanish.
-const KEEPALIVE_IDLE: Duration = Duration::from_secs(15);
-const KEEPALIVE_INTERVAL: Duration = Duration::from_secs(5);
-const KEEPALIVE_PROBES: u32 = 3;
-/// The same 30 s for a host that vanishes while bytes to it are unacknowledged.
-const UNACKNOWLEDGED_MS: u32 = 30_000;
+/// Connections that are accepted before everything else is looked at again.
+const MAX_ACCEPTED: usize = 32;
+/// Log lines of one kind about strangers: one a second.
+const LOG_INTERVAL: Duration = Duration::from_secs(1);
+
+static SILENT: Seldom = Seldom::every(LOG_INTERVAL);
+static CROWDED: Seldom = Seldom::every(LOG_INTERVAL);
+static REFUSED: Seldom = Seldom::every(LOG_INTERVAL);
 
 /// The connections of one rank.
 #[derive(Debug)]
@@ -54,6 +59,8 @@ pub(super) struct Mesh {
     /// Grows with everything that the current call gets done.
     pub(super) moved: usize,
     operation: Operation,
+    /// The certificates, if connections are encrypted.
+    tls: Option<Tls>,
 }
 
 #[derive(Debug)]
@@ -61,7 +68,7 @@ enum Outgoing {
     Idle,
     Dialing {
         dial: Dial,
-        stream: Arc<TcpStream>,
+        stream: Arc<Pipe>,
         wants: Wants,
     },
     Ready(OutLink),
@@ -72,7 +79,7 @@ enum Outgoing {
 #[derive(Debug)]
 struct Arrival {
     answer: Answer,
-    stream: TcpStream,
+    stream: Pipe,
     wants: Wants,
     patience: Patience,
 }
@@ -108,7 +115,12 @@ impl<'a> Polls<'a> {
 }
 
 impl Mesh {
-    pub(super) fn new(identity: Identity, peers: Vec<SocketAddr>, shared: Arc<Shared>, aborted: AbortFlag) -> Self {
+    pub(super) fn new(
+        (identity, tls): (Identity, Option<Tls>),
+        peers: Vec<SocketAddr>,
+        shared: Arc<Shared>,
+        aborted: AbortFlag,
+    ) -> Self {
         let world = identity.group.world.count();
         shared.set_own(identity.group.rank);
         Self {
@@ -123,6 +135,7 @@ impl Mesh {
             blocked: Vec::new(),
             moved: 0,
             operation: Operation::Connect,
+            tls,
         }
     }
 
@@ -214,9 +227,7 @@ impl Mesh {
             if let Outgoing::Ready(link) = outgoing
                 && link.is_between_frames()
             {
-                let flags = rustix::net::SendFlags::NOSIGNAL | rustix::net::SendFlags::DONTWAIT;
-                // A peer whose buffer is full sees the end of the connection instead.
-                let _unheard = rustix::net::send(&link.stream, &message, flags);
+                link.stream.say(&message);
             }
         }
         self.shared.close(goodbye);
@@ -266,7 +277,9 @@ impl Mesh {
         let Some(&address) = self.peers.get(to.index()) else {
             return Err(error(io::ErrorKind::AddrNotAvailable.into()));
         };
-        let stream = start_connect(address).map_err(error)?;
+        let stream =
+            start_connect(address).and_then(|stream| Pipe::dialed(stream, self.tls.as_ref())).map_err(error)?;
+        let stream = Arc::new(stream);
         self.shared.add_outgoing(&stream);
         let dial = Dial::new(&self.identity, to).map_err(error)?;
         self.outgoing[to.index()] = Outgoing::Dialing { dial, stream, wants: Wants::Write };
@@ -329,9 +342,7 @@ impl Mesh {
     fn poll(&self, left: Duration) -> Result<Vec<(Source, PollFlags)>, CommError> {
         let mut polls = Polls::default();
         polls.add(Source::Abort, self.shared.wake.as_fd(), PollFlags::IN);
-        if self.arrivals.len() < self.identity.group.world.count() + MAX_STRANGERS {
-            polls.add(Source::Listener, self.shared.listener.as_fd(), PollFlags::IN);
-        }
+        polls.add(Source::Listener, self.shared.listener.as_fd(), PollFlags::IN);
         for arrival in &self.arrivals {
             polls.add(Source::Arrival, arrival.stream.as_fd(), flags_of(arrival.wants));
         }
@@ -381,24 +392,40 @@ impl Mesh {
         }
     }
 
+    /// Accepts some of the connections that wait.
     fn accept(&mut self) -> Result<(), CommError> {
         let error = |source: io::Error| CommError::io("accepting a connection", source);
-        match self.shared.listener.accept() {
-            Ok((stream, _)) => {
-                // A connection that is gone again is its dialer's concern.
-                if prepare(&stream).is_ok() {
-                    let answer = Answer::new().map_err(error)?;
-                    let patience = Patience::new(HANDSHAKE_DEADLINE);
-                    self.arrivals.push(Arrival { answer, stream, wants: Wants::Read, patience });
+        for _ in 0..MAX_ACCEPTED {
+            match self.shared.listener.accept() {
+                Ok((stream, _)) => {
+                    // A connection that is gone again is its dialer's concern.
+                    if let Ok(stream) = prepare(&stream).and_then(|()| Pipe::accepted(stream, self.tls.as_ref())) {
+                        let answer = Answer::new().map_err(error)?;
+                        let patience = Patience::new(HANDSHAKE_DEADLINE);
+                        self.make_room();
+                        self.arrivals.push(Arrival { answer, stream, wants: Wants::Read, patience });
+                    }
                 }
-                Ok(())
+                Err(found) => match found.kind() {
+                    io::ErrorKind::WouldBlock => return Ok(()),
+                    io::ErrorKind::Interrupted | io::ErrorKind::ConnectionAborted => {}
+                    // The listener was shut down by an abort.
+                    io::ErrorKind::InvalidInput => return self.check_abort(),
+                    _ => return Err(error(found)),
+                },
             }
-            Err(found) => match found.kind() {
-                io::ErrorKind::WouldBlock | io::ErrorKind::Interrupted | io::ErrorKind::ConnectionAborted => Ok(()),
-                // The listener was shut down by an abort.
-                io::ErrorKind::InvalidInput => self.check_abort(),
-                _ => Err(error(found)),
-            },
+        }
+        Ok(())
+    }
+
+    /// Drops the oldest handshake when there are too many. They are in the order of their arrival.
+    fn make_room(&mut self) {
+        if self.arrivals.len() < self.identity.group.world.count() + MAX_STRANGERS {
+            return;
+        }
+        self.arrivals.remove(0);
+        if let Some(held_back) = CROWDED.pass() {
+            tracing::warn!(held_back, "too many connections that did not say who they are: closed the oldest");
         }
     }
 
@@ -409,20 +436,32 @@ impl Mesh {
             let is_taken = |rank: Rank| incoming.get(rank.index()).is_none_or(Option::is_some);
             match arrival.answer.advance(&arrival.stream, &self.identity, is_taken) {
                 Ok(Step::Blocked(_)) if arrival.patience.left().is_none() => {
-                    tracing::warn!(seconds = HANDSHAKE_DEADLINE.as_secs(), "a connection did not say who it is");
+                    if let Some(held_back) = SILENT.pass() {
+                        let seconds = HANDSHAKE_DEADLINE.as_secs();
+                        tracing::warn!(seconds, held_back, "a connection did not say who it is");
+                    }
                 }
                 Ok(Step::Blocked(wants)) => {
                     arrival.wants = wants;
                     self.arrivals.push(arrival);
                 }
                 Ok(Step::Done(rank)) => self.admit(rank, arrival.stream),
-                Err(HandshakeError::Refused(refusal)) => tracing::warn!(%refusal, "refused a connection"),
-                Err(HandshakeError::Io(error)) => tracing::warn!(%error, "a connection broke before it said who it is"),
+                Err(error) => {
+                    let Some(held_back) = REFUSED.pass() else { continue };
+                    match error {
+                        HandshakeError::Refused(refusal) => {
+                            tracing::warn!(%refusal, held_back, "refused a connection");
+                        }
+                        HandshakeError::Io(error) => {
+                            tracing::warn!(%error, held_back, "a connection broke before it said who it is");
+                        }
+                    }
+                }
             }
         }
     }
 
-    fn admit(&mut self, rank: Rank, stream: TcpStream) {
+    fn admit(&mut self, rank: Rank, stream: Pipe) {
         // Two connections of one rank may have been under way at once; the first to finish counts.
         if let Some(slot @ None) = self.incoming.get_mut(rank.index()) {
             let stream = Arc::new(stream);
@@ -438,31 +477,4 @@ const fn flags_of(wants: Wants) -> PollFlags {
         Wants::Read => PollFlags::IN,
         Wants::Write => PollFlags::OUT,
     }
-}
-
-/// A socket that is connecting to `address`.
-fn start_connect(address: SocketAddr) -> io::Result<Arc<TcpStream>> {
-    let family = if address.is_ipv4() { AddressFamily::INET } else { AddressFamily::INET6 };
-    let flags = SocketFlags::NONBLOCK | SocketFlags::CLOEXEC;
-    let socket = rustix::net::socket_with(family, SocketType::STREAM, flags, None)?;
-    let stream = TcpStream::from(socket);
-    prepare(&stream)?;
-    match rustix::net::connect(&stream, &address) {
-        // A refused connection shows when the handshake looks at the socket.
-        Ok(()) | Err(rustix::io::Errno::INPROGRESS | rustix::io::Errno::INTR) => Ok(Arc::new(stream)),
-        Err(error) => Err(error.into()),
-    }
-}
-
-/// The options of every connection. Buffer sizes are left to the kernel, which grows them as the connection needs.
-fn prepare(stream: &TcpStream) -> io::Result<()> {
-    use rustix::net::sockopt;
-    stream.set_nonblocking(true)?;
-    stream.set_nodelay(true)?;
-    sockopt::set_socket_keepalive(stream, true)?;
-    sockopt::set_tcp_keepidle(stream, KEEPALIVE_IDLE)?;
-    sockopt::set_tcp_keepintvl(stream, KEEPALIVE_INTERVAL)?;
-    sockopt::set_tcp_keepcnt(stream, KEEPALIVE_PROBES)?;
-    sockopt::set_tcp_user_timeout(stream, UNACKNOWLEDGED_MS)?;
-    Ok(())
 }

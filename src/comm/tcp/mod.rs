@@ -5,16 +5,20 @@
 //! Refuses to know: how ranks learn each other's addresses and secret (the coordinator's task), device memory.
 //!
 //! A rank first binds a [`TcpPort`], publishes its address, and calls [`connect`] once it knows all addresses.
-//! Connections are made when they are first needed, authenticated in both directions by the generation's secret, and
-//! carry data in one direction each. Every payload is checksummed (`CM-1` to `CM-5` in [`super`]).
+//! Connections are made when they are first needed, encrypted where there are certificates, authenticated in both
+//! directions by the generation's secret, and carry data in one direction each. Every payload is checksummed (`CM-1` to `CM-5` in [`super`]).
 
 mod handshake;
 mod link;
 mod mesh;
+mod pipe;
 mod shared;
+mod socket;
 mod steps;
 #[cfg(test)]
 mod tests;
+#[cfg(test)]
+mod tls_tests;
 mod wire;
 
 use std::fmt;
@@ -32,6 +36,7 @@ use super::error::Goodbye;
 use super::{AbortHandle, CommError, Communicator, Counters, F32_BYTES, Group, Operation, Scatter};
 use super::{check, check_len, check_root, check_scatter, even_counts, host, host_mut, layout, place_own};
 use crate::device::{Slice, SliceMut};
+use crate::tls::Tls;
 use crate::types::{Generation, Rank};
 
 /// How long all ranks together may take to connect. They do so after all have published their addresses, so this is
@@ -91,6 +96,8 @@ pub struct TcpConfig {
     pub secret: [u8; 32],
     /// The address of every rank's port, in the order of ranks.
     pub peers: Vec<SocketAddr>,
+    /// Encrypts every connection, if there are certificates; all ranks of a group have some, or none has.
+    pub tls: Option<Tls>,
     /// How long connecting may take without progress; see [`DEFAULT_DEADLINE`].
     pub deadline: Duration,
     /// How long a call may take without progress; see [`DEFAULT_IDLE_DEADLINE`].
@@ -99,11 +106,12 @@ pub struct TcpConfig {
 
 impl fmt::Debug for TcpConfig {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
-        let Self { group, generation, secret: _, peers, deadline, idle_deadline } = self;
+        let Self { group, generation, secret: _, peers, tls, deadline, idle_deadline } = self;
         f.debug_struct("TcpConfig")
             .field("group", group)
             .field("generation", generation)
             .field("peers", peers)
+            .field("tls", tls)
             .field("deadline", deadline)
             .field("idle_deadline", idle_deadline)
             .finish_non_exhaustive()
@@ -127,7 +135,7 @@ pub struct TcpCommunicator {
 /// [`CommError::Refused`] when a peer and we do not belong together, [`CommError::Deadline`] when one does not come,
 /// [`CommError::BadArgument`] when the configuration contradicts itself.
 pub fn connect(config: TcpConfig, port: TcpPort) -> Result<TcpCommunicator, CommError> {
-    let TcpConfig { group, generation, secret, peers, deadline, idle_deadline } = config;
+    let TcpConfig { group, generation, secret, peers, tls, deadline, idle_deadline } = config;
     let operation = Operation::Connect;
     check(group.world.contains(group.rank), operation, || {
         format!("rank {} in a world of {}", group.rank, group.world)
@@ -138,7 +146,7 @@ pub fn connect(config: TcpConfig, port: TcpPort) -> Result<TcpCommunicator, Comm
     let mut communicator = TcpCommunicator {
         group,
         idle_deadline,
-        mesh: Mesh::new(Identity { group, generation, secret }, peers, port.shared, port.aborted),
+        mesh: Mesh::new((Identity { group, generation, secret }, tls), peers, port.shared, port.aborted),
         sequences: Sequences::new(group.world.count()),
         scratch: None,
         failed: None,

@@ -8,13 +8,13 @@
 //! any moment by any thread.
 
 use std::io;
-use std::net::{Shutdown, TcpListener, TcpStream};
+use std::net::TcpListener;
 use std::os::fd::OwnedFd;
 use std::sync::{Arc, Mutex, OnceLock, PoisonError};
 
 use rustix::event::EventfdFlags;
-use rustix::net::SendFlags;
 
+use super::pipe::Pipe;
 use super::wire::encode_goodbye;
 use crate::comm::error::Goodbye;
 use crate::types::Rank;
@@ -34,9 +34,9 @@ pub(super) struct Shared {
 struct Sockets {
     closed: bool,
     /// Connections on which peers send to us, and we say goodbye.
-    incoming: Vec<Arc<TcpStream>>,
+    incoming: Vec<Arc<Pipe>>,
     /// Connections on which we send.
-    outgoing: Vec<Arc<TcpStream>>,
+    outgoing: Vec<Arc<Pipe>>,
 }
 
 impl Shared {
@@ -63,18 +63,18 @@ impl Shared {
         let _already_awake = rustix::io::write(&self.wake, &1_u64.to_ne_bytes());
     }
 
-    pub(super) fn add_incoming(&self, stream: &Arc<TcpStream>) {
+    pub(super) fn add_incoming(&self, stream: &Arc<Pipe>) {
         self.add(stream, |sockets| &mut sockets.incoming);
     }
 
-    pub(super) fn add_outgoing(&self, stream: &Arc<TcpStream>) {
+    pub(super) fn add_outgoing(&self, stream: &Arc<Pipe>) {
         self.add(stream, |sockets| &mut sockets.outgoing);
     }
 
-    fn add(&self, stream: &Arc<TcpStream>, list: impl FnOnce(&mut Sockets) -> &mut Vec<Arc<TcpStream>>) {
+    fn add(&self, stream: &Arc<Pipe>, list: impl FnOnce(&mut Sockets) -> &mut Vec<Arc<Pipe>>) {
         let mut sockets = self.sockets.lock().unwrap_or_else(PoisonError::into_inner);
         if sockets.closed {
-            shut(stream);
+            stream.shut();
         } else {
             list(&mut sockets).push(Arc::clone(stream));
         }
@@ -90,10 +90,10 @@ impl Shared {
         let message = encode_goodbye(goodbye, self.own.get().copied().unwrap_or(Rank::ZERO));
         for stream in sockets.incoming.drain(..) {
             // A peer that cannot hear us any more has nothing to learn from us.
-            let _unheard = rustix::net::send(&stream, &message, SendFlags::NOSIGNAL | SendFlags::DONTWAIT);
-            shut(&stream);
+            stream.say(&message);
+            stream.shut();
         }
-        sockets.outgoing.drain(..).for_each(|stream| shut(&stream));
+        sockets.outgoing.drain(..).for_each(|stream| stream.shut());
         // On Linux this refuses connections that are still queued, so that their dialers do not wait for us.
         let _not_listening = rustix::net::shutdown(&self.listener, rustix::net::Shutdown::Both);
     }
@@ -103,12 +103,7 @@ impl Shared {
     pub(super) fn vanish(&self) {
         let mut sockets = self.sockets.lock().expect("no test panics in here");
         sockets.closed = true;
-        sockets.incoming.drain(..).for_each(|stream| shut(&stream));
-        sockets.outgoing.drain(..).for_each(|stream| shut(&stream));
+        sockets.incoming.drain(..).for_each(|stream| stream.shut());
+        sockets.outgoing.drain(..).for_each(|stream| stream.shut());
     }
-}
-
-fn shut(stream: &TcpStream) {
-    // Fails only when the connection is gone already.
-    let _already_gone = stream.shutdown(Shutdown::Both);
 }

@@ -19,6 +19,7 @@ pub(super) fn configs(world: WorldSize, idle: Duration) -> Vec<(TcpConfig, TcpPo
         generation: Generation(7),
         secret: [42; 32],
         peers: peers.clone(),
+        tls: None,
         deadline: Duration::from_secs(20),
         idle_deadline: idle,
     };
