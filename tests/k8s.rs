@@ -2,7 +2,6 @@
 //! Expected numbers are worked out by hand, or taken from `weightcast plan`.
 #![expect(clippy::disallowed_methods, reason = "a test reads and writes its files")]
 
-#[expect(dead_code, reason = "each test file uses its part")]
 mod k8s_support;
 #[expect(dead_code, reason = "each test file uses its part")]
 mod support;

@@ -85,9 +85,6 @@ pub struct Rendered {
     pub objects: Vec<Object>,
 }
 
-/// The job file cannot be read.
-pub type JobFileError = ConfigError;
-
 /// Why there are no manifests.
 #[derive(Debug, thiserror::Error)]
 #[non_exhaustive]

@@ -45,7 +45,7 @@ pub use convert::{
 pub use coordinate::{CoordinateError, Coordinated, CoordinatorPlace, coordinate};
 pub use forward::{ForwardError, ForwardRequest, Forwarded, forward};
 pub use join::{CoordinatorAddress, join};
-pub use k8s::{JobFileError, RenderError, RenderRequest, Rendered, render_job};
+pub use k8s::{RenderError, RenderRequest, Rendered, render_job};
 pub use k8s_files::{ManifestError, read_manifests, write_manifests};
 pub use launch::{Audience, LaunchJob, LaunchJobError, Launched, launch};
 pub use model_directory::{
