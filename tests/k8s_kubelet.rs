@@ -188,9 +188,12 @@ impl Cluster {
             let map =
                 self.objects.iter().find(|object| object["kind"] == "ConfigMap" && object["metadata"]["name"] == name);
             for (file, content) in map.expect(name)["data"].as_object().expect("files") {
-                let localized = mounts.iter().fold(text(content).to_owned(), |content, (path, directory)| {
-                    content.replace(&format!("\"{path}"), &format!("\"{directory}"))
+                // Paths of a job file stand in quotes.
+                let words = text(content).split('"').map(|word| {
+                    let found = mounts.iter().find_map(|(path, directory)| Some((directory, word.strip_prefix(path.as_str())?)));
+                    found.map_or_else(|| word.to_owned(), |(directory, rest)| format!("{directory}{rest}"))
                 });
+                let localized = words.collect::<Vec<_>>().join("\"");
                 std::fs::write(format!("{}/{file}", self.volume(pod, volume)), localized).expect("it is written");
             }
         }
