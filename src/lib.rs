@@ -20,6 +20,7 @@ pub mod estimate;
 pub mod faults;
 pub mod format;
 pub mod hub;
+pub mod k8s;
 pub mod load;
 pub mod manifest;
 pub mod membership;

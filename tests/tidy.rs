@@ -6,7 +6,7 @@ use std::path::{Path, PathBuf};
 /// The modules by ring, as docs/ARCHITECTURE.md draws them. A module imports its own ring and lower ones.
 const RINGS: [&[&str]; 5] = [
     &["types", "clock", "error", "faults"],
-    &["format", "model", "quant", "plan", "manifest", "membership", "adapter", "recipe", "estimate"],
+    &["format", "model", "quant", "plan", "manifest", "membership", "adapter", "recipe", "estimate", "k8s"],
     &["store", "hub", "device", "comm", "tasks", "state", "nn", "data", "metrics", "tls"],
     &["checkpoint", "cache", "load", "train", "coordinator", "worker"],
     &["rpc", "config", "app", "bench", "cli"],

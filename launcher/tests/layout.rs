@@ -1,4 +1,7 @@
-//! The layout is a function of flags and environment: one table per scheduler.
+//! The layout is a function of flags and environment: one table per scheduler, and one job of real processes.
+
+#[expect(dead_code, reason = "each test file uses its part")]
+mod common;
 
 use clap::Parser;
 use weightcast_launcher::{Environment, Launch, LaunchArgs, LaunchError, Layout, resolve};
@@ -244,4 +247,153 @@ fn every_flag_is_checked_before_anything_starts() {
     let launch = Launch::from_args(&parse(&["x.py"]), &Environment::of_variables(variables)).expect("it is valid");
     assert_eq!((launch.max_restarts, launch.grace.shutdown.as_millis()), (2, 1500));
     assert_eq!(launch.log.dir.as_deref(), Some(std::path::Path::new("/l")));
+}
+
+/// Real launchers with a scheduler's variables, and their ranks: what each rank says of itself.
+mod processes {
+    use super::common::{Marked, Running};
+
+    const WORDS: &str =
+        "echo $RANK/$WORLD_SIZE $LOCAL_RANK/$LOCAL_WORLD_SIZE $GROUP_RANK/$GROUP_WORLD_SIZE $MASTER_ADDR";
+
+    /// Starts a launcher for each element of `launchers`, with `flags`, and gives the lines of all ranks in order. All are on this
+    /// host, whatever the variables say; each test has a loopback address of its own, because the port where launchers meet is
+    /// the same where the scheduler says none.
+    fn ranks(flags: &[&str], launchers: &[Vec<(&str, String)>]) -> Vec<String> {
+        let marked = Marked::new();
+        let start = |variables: &Vec<(&str, String)>| {
+            let arguments = [&["--no-python"], flags, &["sh", "-c", WORDS]].concat();
+            let mut command = marked.launcher(&arguments);
+            command.envs(variables.iter().map(|(name, value)| (*name, value)));
+            Running::start(command)
+        };
+        let running: Vec<Running> = launchers.iter().map(start).collect();
+        let finished: Vec<_> = running.into_iter().map(Running::finish).collect();
+        assert!(finished.iter().all(|launcher| launcher.code == Some(0)), "{finished:#?}");
+        let mut lines: Vec<String> = finished.iter().flat_map(|one| one.stdout.lines().map(str::to_owned)).collect();
+        lines.sort();
+        marked.assert_nothing_left();
+        lines
+    }
+
+    fn of(pairs: &[(&'static str, &str)]) -> Vec<(&'static str, String)> {
+        pairs.iter().map(|(name, value)| (*name, (*value).to_owned())).collect()
+    }
+
+    /// Two nodes of two ranks.
+    fn two_by_two(master: &str) -> Vec<String> {
+        (0..4).map(|rank| format!("[{rank}] {rank}/4 {}/2 {}/2 {master}", rank % 2, rank / 2)).collect()
+    }
+
+    /// As the pods of `k8s/` are started: JobSet 0.12 says the coordinator's name by an annotation, the Job controller the index.
+    #[test]
+    fn jobset() {
+        let pod = |index: &str| {
+            of(&[
+                ("JOB_COMPLETION_INDEX", index),
+                ("WEIGHTCAST_COORDINATOR", "wc-coordinator-0-0.wc"),
+                ("JOBSET_NAME", "wc"),
+            ])
+        };
+        let flags = ["--nnodes=2", "--nproc-per-node=2", "--rdzv-endpoint=127.19.1.1:29403"];
+        assert_eq!(ranks(&flags, &[pod("0"), pod("1")]), two_by_two("127.19.1.1"));
+    }
+
+    /// As Trainer 2.3 injects them; the master's name resolves here.
+    #[test]
+    fn kubeflow_trainer() {
+        let pod = |rank: &str| {
+            of(&[
+                ("PET_NNODES", "2"),
+                ("PET_NPROC_PER_NODE", "2"),
+                ("PET_NODE_RANK", rank),
+                ("PET_MASTER_ADDR", "127.19.2.1"),
+                ("PET_MASTER_PORT", "29500"),
+                ("JOB_COMPLETION_INDEX", rank),
+            ])
+        };
+        assert_eq!(ranks(&[], &[pod("1"), pod("0")]), two_by_two("127.19.2.1"));
+    }
+
+    #[test]
+    fn leader_worker_set() {
+        let pod = |index: &str| {
+            of(&[("LWS_LEADER_ADDRESS", "127.19.3.1"), ("LWS_GROUP_SIZE", "2"), ("LWS_WORKER_INDEX", index)])
+        };
+        assert_eq!(ranks(&["--nproc-per-node=2"], &[pod("1"), pod("0")]), two_by_two("127.19.3.1"));
+    }
+
+    /// `srun --ntasks-per-node=1`: `SLURM_*` alone, with as many ranks as a flag says.
+    #[test]
+    fn slurm_with_one_launcher_per_node() {
+        let task = |node: &str| {
+            of(&[
+                ("SLURM_STEP_NODELIST", "127.19.4.[1-2]"),
+                ("SLURM_STEP_NUM_NODES", "2"),
+                ("SLURM_STEP_NUM_TASKS", "2"),
+                ("SLURM_NNODES", "2"),
+                ("SLURM_NODEID", node),
+                ("SLURM_PROCID", node),
+                ("SLURM_LOCALID", "0"),
+                ("SLURM_JOB_ID", "4711"),
+            ])
+        };
+        assert_eq!(ranks(&["--nproc-per-node=2"], &[task("1"), task("0")]), two_by_two("127.19.4.1"));
+    }
+
+    /// `srun --ntasks-per-node=2`: nothing but `SLURM_*`. Each launcher has one rank, and knows its place on the node.
+    #[test]
+    fn slurm_with_one_launcher_per_rank() {
+        let task = |rank: u32| {
+            let (node, local) = ((rank / 2).to_string(), (rank % 2).to_string());
+            let rank = rank.to_string();
+            of(&[
+                ("SLURM_STEP_NODELIST", "127.19.5.[1-2]"),
+                ("SLURM_NNODES", "2"),
+                ("SLURM_NTASKS", "4"),
+                ("SLURM_STEP_TASKS_PER_NODE", "2(x2)"),
+                ("SLURM_NODEID", &node),
+                ("SLURM_PROCID", &rank),
+                ("SLURM_LOCALID", &local),
+                ("SLURM_JOB_ID", "4712"),
+            ])
+        };
+        let expected: Vec<String> =
+            (0..4).map(|rank| format!("[{rank}] {rank}/4 {}/2 {rank}/4 127.19.5.1", rank % 2)).collect();
+        assert_eq!(ranks(&[], &[task(3), task(0), task(2), task(1)]), expected);
+    }
+
+    /// `mpirun -np 2` on one host, as Open MPI 4.1 says it.
+    #[test]
+    fn open_mpi_on_one_host() {
+        let task = |rank: &str| {
+            of(&[
+                ("OMPI_COMM_WORLD_RANK", rank),
+                ("OMPI_COMM_WORLD_SIZE", "2"),
+                ("OMPI_COMM_WORLD_LOCAL_RANK", rank),
+                ("OMPI_COMM_WORLD_LOCAL_SIZE", "2"),
+                ("PMIX_NAMESPACE", "1234@0"),
+            ])
+        };
+        let expected = ["[0] 0/2 0/2 0/2 127.0.0.1", "[1] 1/2 1/2 1/2 127.0.0.1"];
+        assert_eq!(ranks(&[], &[task("1"), task("0")]), expected);
+    }
+
+    /// `mpirun` on two hosts does not say where rank 0 is: a flag does.
+    #[test]
+    fn open_mpi_on_two_hosts() {
+        let task = |rank: u32| {
+            let (local, rank) = ((rank % 2).to_string(), rank.to_string());
+            of(&[
+                ("OMPI_COMM_WORLD_RANK", &rank),
+                ("OMPI_COMM_WORLD_SIZE", "4"),
+                ("OMPI_COMM_WORLD_LOCAL_RANK", &local),
+                ("OMPI_COMM_WORLD_LOCAL_SIZE", "2"),
+            ])
+        };
+        let expected: Vec<String> =
+            (0..4).map(|rank| format!("[{rank}] {rank}/4 {}/2 {rank}/4 127.19.6.1", rank % 2)).collect();
+        let flags = ["--rdzv-endpoint=127.19.6.1:29403"];
+        assert_eq!(ranks(&flags, &[task(0), task(1), task(2), task(3)]), expected);
+    }
 }

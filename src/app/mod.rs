@@ -13,6 +13,8 @@ mod coordinate;
 pub mod demo;
 mod forward;
 mod join;
+mod k8s;
+mod k8s_files;
 mod launch;
 mod model_directory;
 mod model_directory_convert;
@@ -44,6 +46,8 @@ pub use convert::{
 pub use coordinate::{CoordinateError, Coordinated, CoordinatorPlace, coordinate};
 pub use forward::{ForwardError, ForwardRequest, Forwarded, forward};
 pub use join::{CoordinatorAddress, join};
+pub use k8s::{RenderError, RenderRequest, Rendered, render_job};
+pub use k8s_files::{ManifestError, read_manifests, write_manifests};
 pub use launch::{Audience, LaunchJob, LaunchJobError, Launched, launch};
 pub use model_directory::{
     ExportMeta, HistoryEntry, Lifecycle, LifecycleStage, ListedModel, ModelName, Stage, lifecycle, list_models,

@@ -20,9 +20,9 @@ use crate::types::{DeviceWish, Step, WorldSize};
 
 /// Bytes that a resume reads at once. Nothing is encoded, so the cache does not matter, and every piece reads whole digest
 /// blocks at its two ends: with pieces of 256 KiB a resume read 1.045 to 1.064 of what it needs.
-const RESUME_CHUNK_BYTES: u64 = 2 << 20;
+pub(super) const RESUME_CHUNK_BYTES: u64 = 2 << 20;
 /// Pieces that may wait: 16 MiB, as in a load.
-const RESUME_QUEUE_CHUNKS: u32 = 8;
+pub(super) const RESUME_QUEUE_CHUNKS: u32 = 8;
 
 /// A job that can be started.
 #[derive(Debug)]

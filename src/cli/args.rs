@@ -70,6 +70,12 @@ pub enum Command {
         #[command(subcommand)]
         command: super::cache::CacheCommand,
     },
+    /// Kubernetes manifests of a job
+    K8s {
+        /// What to do
+        #[command(subcommand)]
+        command: super::k8s::K8sCommand,
+    },
     /// Show the ranks of a running job
     Status(StatusFlags),
     /// Have a running job write a checkpoint now, and wait until it is committed

@@ -14,6 +14,7 @@ mod devices;
 mod estimate;
 mod forward;
 mod job;
+mod k8s;
 mod launch;
 mod machine;
 mod model;
@@ -65,6 +66,7 @@ pub fn main(arguments: impl Iterator<Item = std::ffi::OsString>) -> u8 {
         Command::Model { command } => model::run(&command),
         Command::Checkpoint { command } => checkpoint::run(&command),
         Command::Cache { command } => cache::run(&command),
+        Command::K8s { command } => k8s::run(&command),
         Command::Status(flags) => job::status(&flags),
         Command::Save(flags) => job::save(&flags),
         Command::Unload { name, job } => job::unload(&name, &job),

@@ -1,0 +1,39 @@
+#!/bin/bash
+# A job over ssh, without a scheduler: a launcher on each host of a file, by key, without a password.
+#
+#   docs/examples/ssh-hosts.sh job.toml hosts RANKS_PER_HOST
+#
+# Run on a host that all others reach. A launcher whose ssh ends is told so by its closed terminal (-tt) and ends its ranks. The
+# model, the checkpoint directory and the state directory must be seen by all hosts.
+set -u
+
+job=$1 per_host=$3
+mapfile -t hosts < <(grep '[^[:space:]]' "$2")
+nodes=${#hosts[@]}
+here=${COORDINATOR_HOST:-$(hostname)}
+port=${WEIGHTCAST_PORT:-29400}
+state=${STATE_DIRECTORY:-$PWD/weightcast-state}
+remote=${REMOTE_SHELL:-ssh -tt}
+
+weightcast coordinator --ranks $((nodes * per_host)) --listen "0.0.0.0:$port" --insecure --state-dir "$state" "$job" &
+coordinator=$!
+until [ -s "$state/token" ]; do
+  kill -0 $coordinator 2>/dev/null || { wait $coordinator; exit; }
+  sleep 0.2
+done
+
+launchers=()
+for node in "${!hosts[@]}"; do
+  # Node 0 serves the meeting of the launchers, at its own address.
+  $remote "${hosts[$node]}" weightcast launch --nnodes "$nodes" --node-rank "$node" --nproc-per-node "$per_host" \
+    --rdzv-endpoint "${hosts[0]}:$((port + 3))" --coordinator "$here:$port" --token-file "$state/token" </dev/null &
+  launchers+=($!)
+done
+launched=0
+for launcher in "${launchers[@]}"; do
+  wait "$launcher" || launched=$?
+done
+wait $coordinator
+coordinated=$?
+[ $coordinated = 0 ] && exit $launched
+exit $coordinated
