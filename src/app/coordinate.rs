@@ -8,6 +8,7 @@ use tokio::signal::unix::{SignalKind, signal};
 
 use super::launch::{Audience, JOIN_DEADLINE, job_record, write_output};
 use super::model_export::ModelExportError;
+use super::observe::{ObservePlaces, Observers};
 use super::prepare::{PrepareError, Prepared};
 use super::running::{RunFile, RunFileError};
 use super::train_output::{OutputPlace, RunOutput};
@@ -38,6 +39,8 @@ pub struct CoordinatorPlace {
     pub state_directory: PathBuf,
     /// The job's token; made in the state directory when absent.
     pub token_file: Option<PathBuf>,
+    /// Where it lets itself be looked at.
+    pub observe: ObservePlaces,
 }
 
 /// How a job of its own coordinator ended.
@@ -136,11 +139,12 @@ pub async fn coordinate(
         return Err(CoordinateError::NotLoopback { address: place.listen });
     }
     survive_file_size_limit().map_err(|source| CoordinateError::Signals { source })?;
+    let mut tasks = Tasks::new();
+    let observers = Observers::bind(place.observe, audience.note, &mut tasks).await?;
     let is_new = rustix::fs::stat(&place.state_directory).is_err();
     let journal = Journal::open(&place.state_directory)?;
     make_private(&place.state_directory, is_new)?;
     let token = token(&place)?;
-    let mut tasks = Tasks::new();
     // The entry of the cache is the job's until the end; a coordinator that is started again relies on files that are open.
     let mut claim: Vec<CacheClaim> = Vec::new();
     let (record, listener, left) = match journal.interrupted()? {
@@ -179,6 +183,7 @@ pub async fn coordinate(
     };
     let coordinator = Coordinator::start(config, &mut tasks)?;
     serve(coordinator.clone(), token, listener, &mut tasks);
+    observers.follow(&coordinator);
     crate::faults::point("coordinator.serves");
     let mut signals = Signals::new().map_err(|source| CoordinateError::Signals { source })?;
     let (view, preempted) = until_over(&coordinator, audience, farewell, &mut signals).await;

@@ -12,6 +12,7 @@ use weightcast_launcher::{
 };
 
 use super::model_export::ModelExportError;
+use super::observe::{ObservePlaces, Observers};
 use super::prepare::Prepared;
 use super::running::{RunFile, RunFileError};
 use super::train_output::{OutputPlace, RunOutput};
@@ -38,6 +39,8 @@ pub struct LaunchJob {
     pub prepared: Prepared,
     /// The launcher's flags.
     pub args: LaunchArgs,
+    /// Where its coordinator lets itself be looked at.
+    pub observe: ObservePlaces,
 }
 
 /// How a launched job ended.
@@ -128,20 +131,22 @@ pub async fn launch(job: LaunchJob, audience: Audience) -> Result<Launched, Laun
 }
 
 async fn launch_in(job: LaunchJob, directory: &Path, audience: Audience) -> Result<Launched, LaunchJobError> {
-    let LaunchJob { config, prepared, args } = job;
+    let LaunchJob { config, prepared, args, observe } = job;
     let environment = Environment::of_this_process();
+    let mut tasks = Tasks::new();
+    let observers = Observers::bind(observe, audience.note, &mut tasks).await?;
     let token = Token::create(directory)?;
     let journal = Journal::open(&directory.join("coordinator"))?;
     let listener = Listener::bind(SocketAddr::new(IpAddr::V4(Ipv4Addr::LOCALHOST), 0)).await?;
     let address = listener.address();
     let record = job_record(&config, prepared, address);
     let (name, plan, output) = (record.job.to_string(), record.plan.clone(), OutputPlace::of(&record));
-    let mut tasks = Tasks::new();
     let coordinator = Coordinator::start(
         CoordinatorConfig { record, join_deadline: JOIN_DEADLINE, journal, is_restartable: false, left: None },
         &mut tasks,
     )?;
     serve(coordinator.clone(), token.clone(), listener, &mut tasks);
+    observers.follow(&coordinator);
     crate::faults::point("launcher.serves");
     let (mut views, mut show) = (coordinator.views(), audience.view);
     tasks.spawn("audience", async move {

@@ -7,6 +7,7 @@ use weightcast_launcher::LaunchArgs;
 
 use super::estimate::EstimateFlags;
 use super::quantize::QuantizeFlags;
+use crate::app::ObservePlaces;
 use crate::config::{JobConfig, ResumePolicy};
 use crate::plan::{Placement, Strategy};
 use crate::types::{BackendWish, DeviceWish};
@@ -182,6 +183,9 @@ pub struct LaunchFlags {
     /// The token of that job
     #[arg(long, value_name = "PATH", requires = "coordinator")]
     pub token_file: Option<PathBuf>,
+    /// Where to look at it.
+    #[command(flatten)]
+    pub observe: ObserveFlags,
     /// The launcher's flags, and the job file or program
     #[command(flatten)]
     pub launch: LaunchArgs,
@@ -208,11 +212,31 @@ pub struct CoordinatorFlags {
     /// The job, instead of or over a job file
     #[command(flatten)]
     pub job: JobOverrides,
+    /// Where to look at it.
+    #[command(flatten)]
+    pub observe: ObserveFlags,
     /// Print the result as JSON on stdout
     #[arg(long)]
     pub json: bool,
     /// A job file
     pub job_file: Option<PathBuf>,
+}
+
+/// Where a coordinator lets itself be looked at.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Args)]
+#[command(next_help_heading = "Looking at it")]
+pub struct ObserveFlags {
+    /// Serve grpc.health.v1 here in plain text, with the services startup, readiness and liveness; port 0 is any free one
+    #[arg(long, value_name = "ADDRESS", env = "WEIGHTCAST_HEALTH_LISTEN")]
+    pub health_listen: Option<std::net::SocketAddr>,
+}
+
+impl ObserveFlags {
+    /// The places.
+    #[must_use]
+    pub const fn places(self) -> ObservePlaces {
+        ObservePlaces { health: self.health_listen }
+    }
 }
 
 /// `weightcast plan`

@@ -10,7 +10,7 @@ use crate::config::JobConfig;
 use crate::types::WorldSize;
 
 pub(super) fn run(flags: CoordinatorFlags) -> u8 {
-    let CoordinatorFlags { ranks, listen, insecure, state_dir, token_file, job, json, job_file } = flags;
+    let CoordinatorFlags { ranks, listen, insecure, state_dir, token_file, job, observe, json, job_file } = flags;
     super::arm_faults("coordinator");
     let mut config = match job_file.map_or_else(|| Ok(JobConfig::default()), |file| JobConfig::read(&file)) {
         Ok(config) => config,
@@ -28,7 +28,8 @@ pub(super) fn run(flags: CoordinatorFlags) -> u8 {
         Ok(runtime) => runtime,
         Err(error) => return fail_with(&error, 70),
     };
-    let place = CoordinatorPlace { listen, is_insecure: insecure, state_directory: state_dir, token_file };
+    let observe = observe.places();
+    let place = CoordinatorPlace { listen, is_insecure: insecure, state_directory: state_dir, token_file, observe };
     // The ranks may be on other hosts, whose memory this one does not know.
     let plan = move |config: &JobConfig| prepare_with(config, world, None, &super::output::download);
     let mut line = ProgressLine::new();

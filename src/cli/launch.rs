@@ -3,11 +3,12 @@
 use serde_json::json;
 use weightcast_launcher::{Environment, Event, EventSink, Launch, LaunchArgs, run as run_ranks, stop_channel};
 
-use super::args::{JobOverrides, LaunchFlags};
+use super::args::{JobOverrides, LaunchFlags, ObserveFlags};
 use super::output::{bytes, fail, fail_with, json, refuse, say};
 use super::progress::ProgressLine;
 use crate::app::{
-    Audience, CoordinatorAddress, LaunchJob, Launched, ModelExportError, RunOutput, join, launch, prepare,
+    Audience, CoordinatorAddress, LaunchJob, Launched, ModelExportError, ObservePlaces, RunOutput, join, launch,
+    prepare,
 };
 use crate::config::JobConfig;
 use crate::membership::Phase;
@@ -15,7 +16,7 @@ use crate::plan::DeviceRule;
 use crate::types::{Sharing, WorldSize};
 
 pub(super) fn run(flags: LaunchFlags) -> u8 {
-    let LaunchFlags { job, json, coordinator, token_file, launch } = flags;
+    let LaunchFlags { job, json, coordinator, token_file, observe, launch } = flags;
     if let (Some(address), Some(token_file)) = (coordinator, token_file) {
         if job.names_a_job() || !launch.command.is_empty() {
             say("error: --coordinator: the coordinator knows the job; expected no model, job file or program");
@@ -37,7 +38,7 @@ pub(super) fn run(flags: LaunchFlags) -> u8 {
             sharing: if share_devices { Sharing::Allowed } else { Sharing::Refused },
             backend: backend.unwrap_or_default(),
         });
-        if restarts(&launch) {
+        if restarts(&launch) || looks(observe) {
             return super::EXIT_USAGE;
         }
         return join_job(&launch, &CoordinatorAddress { address, token_file, checkpoint_root, device });
@@ -55,7 +56,7 @@ pub(super) fn run(flags: LaunchFlags) -> u8 {
         return super::EXIT_USAGE;
     }
     if file.is_none() && !job.names_a_job() {
-        return run_program(&launch);
+        return if looks(observe) { super::EXIT_USAGE } else { run_program(&launch) };
     }
     if file.is_none() && !launch.command.is_empty() {
         say("error: a job was named by flags, and a program too: name one of them");
@@ -70,7 +71,7 @@ pub(super) fn run(flags: LaunchFlags) -> u8 {
     }
     job.apply(&mut config);
     let launch = LaunchArgs { command: Vec::new(), ..launch };
-    run_job(config, launch, json)
+    run_job(config, launch, (json, observe.places()))
 }
 
 /// Whether ranks are to be started again one by one, which a job has no use for: says so.
@@ -78,6 +79,15 @@ fn restarts(launch: &LaunchArgs) -> bool {
     let asked = launch.max_restarts.as_deref().is_some_and(|count| count != "0");
     if asked {
         say("error: --max-restarts: expected 0 with a job: start the job again, and it resumes from its checkpoint");
+    }
+    asked
+}
+
+/// Whether ports are asked for that nobody would serve, because there is no coordinator in this process: says so.
+fn looks(observe: ObserveFlags) -> bool {
+    let asked = observe != ObserveFlags::default();
+    if asked {
+        say("error: --health-listen: expected a job with its coordinator in this process, or `weightcast coordinator`");
     }
     asked
 }
@@ -104,7 +114,7 @@ fn join_job(args: &LaunchArgs, coordinator: &CoordinatorAddress) -> u8 {
     }
 }
 
-fn run_job(config: JobConfig, args: LaunchArgs, as_json: bool) -> u8 {
+fn run_job(config: JobConfig, args: LaunchArgs, (as_json, observe): (bool, ObservePlaces)) -> u8 {
     super::arm_faults("launcher");
     let layout = match weightcast_launcher::resolve(&args, &Environment::of_this_process()) {
         Ok(layout) => layout,
@@ -143,7 +153,7 @@ fn run_job(config: JobConfig, args: LaunchArgs, as_json: bool) -> u8 {
         Ok(runtime) => runtime,
         Err(error) => return fail_with(&error, 70),
     };
-    let job = LaunchJob { config, prepared, args };
+    let job = LaunchJob { config, prepared, args, observe };
     let mut line = ProgressLine::new();
     let audience =
         Audience { note: |note| say(&format!("[launcher] {note}")), view: Box::new(move |view| line.show(view)) };

@@ -142,6 +142,12 @@ impl Coordinator {
         }
     }
 
+    /// Whether the owner answers within `deadline`.
+    pub async fn answers(&self, deadline: Duration) -> bool {
+        // A tick more changes nothing that the next one would not.
+        matches!(tokio::time::timeout(deadline, self.apply(Event::Tick)).await, Ok(Ok(())))
+    }
+
     /// Snapshots as they change; the current one is there at once.
     #[must_use]
     pub fn views(&self) -> watch::Receiver<View> {

@@ -63,6 +63,12 @@ impl Listener {
     pub const fn address(&self) -> SocketAddr {
         self.address
     }
+
+    /// The port itself.
+    #[must_use]
+    pub fn into_inner(self) -> TcpListener {
+        self.listener
+    }
 }
 
 /// Serves the coordinator within `tasks`.
@@ -70,12 +76,14 @@ pub fn serve(coordinator: Coordinator, token: Token, listener: Listener, tasks: 
     let worker = WorkerServiceServer::new(WorkerServer { coordinator: coordinator.clone() })
         .max_decoding_message_size(MAX_MESSAGE_BYTES);
     let job = JobServiceServer::new(JobServer { coordinator });
-    let job_token = token.clone();
+    let (job_token, reflection_token) = (token.clone(), token.clone());
+    let reflection = super::reflection::of_contract();
     let server = Server::builder()
         .http2_keepalive_interval(Some(KEEPALIVE))
         .tcp_nodelay(true)
         .add_service(InterceptedService::new(worker, move |request| token.check(request)))
-        .add_service(InterceptedService::new(job, move |request| job_token.check(request)));
+        .add_service(InterceptedService::new(job, move |request| job_token.check(request)))
+        .add_service(InterceptedService::new(reflection, move |request| reflection_token.check(request)));
     tasks.spawn("rpc server", async move {
         if let Err(error) = server.serve_with_incoming(TcpListenerStream::new(listener.listener)).await {
             tracing::error!(%error, "the gRPC server ended");
