@@ -35,4 +35,5 @@ pub mod store;
 pub mod tasks;
 pub mod train;
 pub mod types;
+pub mod web;
 pub mod worker;

@@ -172,5 +172,5 @@ fn health_without_a_coordinator_is_refused() {
     program.env("WEIGHTCAST_HEALTH_LISTEN", "127.0.0.1:0");
     let ended = place.start_command(program).wait();
     assert_eq!(ended.code, Some(64), "{}", ended.stderr);
-    assert!(ended.stderr.contains("--health-listen: expected a job"), "{}", ended.stderr);
+    assert!(ended.stderr.contains("--health-listen, --http-listen: expected a job"), "{}", ended.stderr);
 }

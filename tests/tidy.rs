@@ -9,7 +9,7 @@ const RINGS: [&[&str]; 5] = [
     &["format", "model", "quant", "plan", "manifest", "membership", "adapter", "recipe", "estimate"],
     &["store", "hub", "device", "comm", "tasks", "state", "nn", "data", "metrics"],
     &["checkpoint", "cache", "load", "train", "coordinator", "worker"],
-    &["rpc", "config", "app", "bench", "cli"],
+    &["rpc", "config", "web", "app", "bench", "cli"],
 ];
 
 /// Imports that go upward, each with its reason.

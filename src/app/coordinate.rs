@@ -182,8 +182,8 @@ pub async fn coordinate(
         left,
     };
     let coordinator = Coordinator::start(config, &mut tasks)?;
-    serve(coordinator.clone(), token, listener, &mut tasks);
-    observers.follow(&coordinator);
+    serve(coordinator.clone(), token.clone(), listener, &mut tasks);
+    observers.follow(&coordinator, &token, &mut tasks);
     crate::faults::point("coordinator.serves");
     let mut signals = Signals::new().map_err(|source| CoordinateError::Signals { source })?;
     let (view, preempted) = until_over(&coordinator, audience, farewell, &mut signals).await;

@@ -146,7 +146,7 @@ async fn launch_in(job: LaunchJob, directory: &Path, audience: Audience) -> Resu
         &mut tasks,
     )?;
     serve(coordinator.clone(), token.clone(), listener, &mut tasks);
-    observers.follow(&coordinator);
+    observers.follow(&coordinator, &token, &mut tasks);
     crate::faults::point("launcher.serves");
     let (mut views, mut show) = (coordinator.views(), audience.view);
     tasks.spawn("audience", async move {

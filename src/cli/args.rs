@@ -229,13 +229,16 @@ pub struct ObserveFlags {
     /// Serve grpc.health.v1 here in plain text, with the services startup, readiness and liveness; port 0 is any free one
     #[arg(long, value_name = "ADDRESS", env = "WEIGHTCAST_HEALTH_LISTEN")]
     pub health_listen: Option<std::net::SocketAddr>,
+    /// Serve the status page and /metrics here; on an address that other hosts reach the page asks for the job's token
+    #[arg(long, value_name = "ADDRESS", env = "WEIGHTCAST_HTTP_LISTEN")]
+    pub http_listen: Option<std::net::SocketAddr>,
 }
 
 impl ObserveFlags {
     /// The places.
     #[must_use]
     pub const fn places(self) -> ObservePlaces {
-        ObservePlaces { health: self.health_listen }
+        ObservePlaces { health: self.health_listen, http: self.http_listen }
     }
 }
 

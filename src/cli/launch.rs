@@ -87,7 +87,9 @@ fn restarts(launch: &LaunchArgs) -> bool {
 fn looks(observe: ObserveFlags) -> bool {
     let asked = observe != ObserveFlags::default();
     if asked {
-        say("error: --health-listen: expected a job with its coordinator in this process, or `weightcast coordinator`");
+        say(
+            "error: --health-listen, --http-listen: expected a job with its coordinator in this process, or `weightcast coordinator`",
+        );
     }
     asked
 }

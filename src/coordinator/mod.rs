@@ -4,6 +4,7 @@
 //!
 //! `CO-1`: state has one owner; everybody else sees a [`View`], a full snapshot.
 
+mod history;
 mod journal;
 mod owner;
 mod view;
@@ -15,13 +16,15 @@ use std::time::Duration;
 
 use tokio::sync::{mpsc, oneshot, watch};
 
+pub use history::{CommitView, Happening, HappeningKind, History, KEPT_COMMITS, KEPT_HAPPENINGS};
 pub use journal::{EndRecord, GenerationRecord, Interrupted, JobRecord, Journal, JournalError};
 pub use view::{ModelView, RankView, View};
 
 use crate::checkpoint::CheckpointError;
 use crate::load::LoadReport;
 use crate::membership::{Event, Refusal};
-use crate::plan::LoadPlan;
+use crate::metrics::Calls;
+use crate::plan::{LoadPlan, RankMemory};
 use crate::tasks::Tasks;
 use crate::types::{JobId, Rank, Step};
 
@@ -61,6 +64,9 @@ struct Shared {
     incarnation: String,
     next_step: Option<Step>,
     loads: Mutex<Vec<LoadReport>>,
+    history: Arc<Mutex<History>>,
+    calls: Calls,
+    planned: Vec<RankMemory>,
     /// Held by everybody who follows the job.
     audience: Arc<()>,
 }
@@ -102,7 +108,9 @@ impl Coordinator {
         let (events, queue) = mpsc::channel(QUEUE);
         let incarnation = format!("{:x}-{}", crate::clock::unix_ns(), std::process::id());
         let next_step = config.record.checkpoint_root.as_ref().map(|_| config.record.step);
+        let planned = config.record.plan.world.ranks().map(|rank| config.record.plan.memory(rank)).collect();
         let (owner, views) = owner::Owner::new(config, LoadPlan::sha256(&plan_bytes), events.clone())?;
+        let history = owner.history();
         tasks.spawn("coordinator", owner.run(queue));
         let job = views.borrow().job.clone();
         Ok(Self {
@@ -114,6 +122,9 @@ impl Coordinator {
                 incarnation,
                 next_step,
                 loads: Mutex::default(),
+                history,
+                calls: Calls::default(),
+                planned,
                 audience: Arc::default(),
             }),
         })
@@ -152,6 +163,24 @@ impl Coordinator {
     #[must_use]
     pub fn views(&self) -> watch::Receiver<View> {
         self.shared.views.clone()
+    }
+
+    /// What has happened so far.
+    #[must_use]
+    pub fn history(&self) -> History {
+        self.shared.history.lock().unwrap_or_else(PoisonError::into_inner).clone()
+    }
+
+    /// The calls that its server has answered.
+    #[must_use]
+    pub fn calls(&self) -> &Calls {
+        &self.shared.calls
+    }
+
+    /// The memory that the plan says each rank needs.
+    #[must_use]
+    pub fn planned(&self) -> &[RankMemory] {
+        &self.shared.planned
     }
 
     /// The plan's bytes.

@@ -2,11 +2,11 @@
 //! out effects off the async threads.
 
 use std::path::PathBuf;
-use std::sync::Arc;
+use std::sync::{Arc, Mutex, PoisonError};
 
 use tokio::sync::{mpsc, watch};
 
-use super::{CoordinatorConfig, EndRecord, GenerationRecord, JobRecord, Journal, ModelView, Request, View};
+use super::{CoordinatorConfig, EndRecord, GenerationRecord, History, JobRecord, Journal, ModelView, Request, View};
 use crate::checkpoint::{self, CheckpointError, Delete};
 use crate::error::{Classify, Kind, chain};
 use crate::manifest::{SealRequest, ShardReceipt};
@@ -22,6 +22,7 @@ pub(super) struct Owner {
     effects: Arc<EffectContext>,
     events: mpsc::Sender<Request>,
     views: watch::Sender<View>,
+    history: Arc<Mutex<History>>,
     is_restartable: bool,
     running: Tasks,
 }
@@ -79,9 +80,21 @@ impl Owner {
         view.update(&membership);
         let (views, seen) = watch::channel(view);
         let effects = EffectContext { plan: record.plan, journal, secret, checkpoint_root: record.checkpoint_root };
-        let owner =
-            Self { membership, effects: Arc::new(effects), events, views, is_restartable, running: Tasks::new() };
+        let history = Arc::new(Mutex::new(History::new(&membership)));
+        let owner = Self {
+            membership,
+            history,
+            effects: Arc::new(effects),
+            events,
+            views,
+            is_restartable,
+            running: Tasks::new(),
+        };
         Ok((owner, seen))
+    }
+
+    pub(super) fn history(&self) -> Arc<Mutex<History>> {
+        self.history.clone()
     }
 
     pub(super) async fn run(mut self, mut queue: mpsc::Receiver<Request>) {
@@ -112,6 +125,7 @@ impl Owner {
         }
         if !quiet || before != after {
             let membership = &self.membership;
+            self.history.lock().unwrap_or_else(PoisonError::into_inner).look(membership, crate::clock::now());
             self.views.send_modify(|view| view.update(membership));
             crate::faults::point("coordinator.announced");
         }

@@ -161,7 +161,10 @@ impl Token {
     }
 
     /// Whether a header has the token, or the one before while that is good.
-    fn accepts(&self, found: &[u8]) -> Result<bool, TokenError> {
+    ///
+    /// # Errors
+    /// [`TokenError`].
+    pub(crate) fn accepts(&self, found: &[u8]) -> Result<bool, TokenError> {
         let is = |text: &str| same(found, format!("Bearer {text}").as_bytes());
         if is(&self.current()?) || is(&self.refresh()?) {
             return Ok(true);

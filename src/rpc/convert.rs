@@ -3,7 +3,7 @@
 use weightcast_proto::v1;
 
 use crate::coordinator::{Coordinator, ModelView, View};
-use crate::membership::{Cause, Phase, Progress, TrainingProgress};
+use crate::membership::{Cause, Phase, Progress, RankFigures, TrainingProgress};
 use crate::types::as_u64;
 
 pub(super) fn header(coordinator: &Coordinator, view: &View) -> v1::ResponseHeader {
@@ -55,6 +55,7 @@ pub(super) fn watch(coordinator: &Coordinator, view: &View) -> v1::WatchResponse
         stop: view.is_draining,
         committed_step: view.committed_step.map(|step| step.0),
         save_request: view.save_request,
+        traceparent: String::new(),
         unloaded: view.models.iter().filter(|model| model.unloaded).map(|model| model.name.clone()).collect(),
     }
 }
@@ -75,8 +76,47 @@ pub(super) fn progress(message: Option<v1::Progress>) -> Progress {
             recent_losses: training.recent_losses,
             evaluation_loss: training.evaluation_loss,
             best_step: training.best_step,
+            step_s: training.step_seconds,
+            gradient_norm: training.gradient_norm,
+            tokens: training.tokens,
+        }),
+        figures: message.figures.map_or_else(RankFigures::default, |figures| RankFigures {
+            storage_bytes: figures.storage_bytes,
+            sent_bytes: figures.sent_bytes,
+            received_bytes: figures.received_bytes,
+            quantized_values: figures.quantized_values,
+            allocate_s: figures.allocate_seconds,
+            read_s: figures.read_seconds,
+            encode_s: figures.encode_seconds,
+            exchange_s: figures.exchange_seconds,
+            place_s: figures.place_seconds,
+            queue_used_chunks: figures.queue_used_chunks,
+            queue_capacity_chunks: figures.queue_capacity_chunks,
+            checkpoint_bytes: figures.checkpoint_bytes,
+            checkpoint_s: figures.checkpoint_seconds,
+            stall_s: figures.stall_seconds,
         }),
     })
+}
+
+/// What a rank sends.
+pub(crate) fn figures(figures: &RankFigures) -> v1::RankFigures {
+    v1::RankFigures {
+        storage_bytes: figures.storage_bytes,
+        sent_bytes: figures.sent_bytes,
+        received_bytes: figures.received_bytes,
+        quantized_values: figures.quantized_values,
+        allocate_seconds: figures.allocate_s,
+        read_seconds: figures.read_s,
+        encode_seconds: figures.encode_s,
+        exchange_seconds: figures.exchange_s,
+        place_seconds: figures.place_s,
+        queue_used_chunks: figures.queue_used_chunks,
+        queue_capacity_chunks: figures.queue_capacity_chunks,
+        checkpoint_bytes: figures.checkpoint_bytes,
+        checkpoint_seconds: figures.checkpoint_s,
+        stall_seconds: figures.stall_s,
+    }
 }
 
 /// Also what a rank sends.
@@ -91,6 +131,9 @@ pub(crate) fn training(progress: &TrainingProgress) -> v1::TrainingProgress {
         recent_losses: progress.recent_losses.clone(),
         evaluation_loss: progress.evaluation_loss,
         best_step: progress.best_step,
+        step_seconds: progress.step_s,
+        gradient_norm: progress.gradient_norm,
+        tokens: progress.tokens,
     }
 }
 

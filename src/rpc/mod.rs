@@ -6,6 +6,7 @@
 mod auth;
 mod client;
 mod convert;
+mod count;
 mod health;
 mod job;
 mod reflection;
@@ -15,7 +16,7 @@ mod worker;
 
 pub use auth::{Token, TokenError};
 pub use client::{Clients, ConnectError, WATCH_SILENCE, describe_status, patient_request, request};
-pub(crate) use convert::training as training_progress;
+pub(crate) use convert::{figures as rank_figures, training as training_progress};
 pub use health::{Health, serve_health};
 pub use server::{Listener, ServeError, serve};
 pub use status::{kind_of, status};

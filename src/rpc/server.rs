@@ -12,6 +12,7 @@ use weightcast_proto::v1::job_service_server::JobServiceServer;
 use weightcast_proto::v1::worker_service_server::WorkerServiceServer;
 
 use super::auth::Token;
+use super::count::CountCalls;
 use super::job::JobServer;
 use super::worker::WorkerServer;
 use crate::coordinator::Coordinator;
@@ -73,6 +74,7 @@ impl Listener {
 
 /// Serves the coordinator within `tasks`.
 pub fn serve(coordinator: Coordinator, token: Token, listener: Listener, tasks: &mut Tasks) {
+    let count = CountCalls(coordinator.calls().clone());
     let worker = WorkerServiceServer::new(WorkerServer { coordinator: coordinator.clone() })
         .max_decoding_message_size(MAX_MESSAGE_BYTES);
     let job = JobServiceServer::new(JobServer { coordinator });
@@ -81,6 +83,7 @@ pub fn serve(coordinator: Coordinator, token: Token, listener: Listener, tasks: 
     let server = Server::builder()
         .http2_keepalive_interval(Some(KEEPALIVE))
         .tcp_nodelay(true)
+        .layer(count)
         .add_service(InterceptedService::new(worker, move |request| token.check(request)))
         .add_service(InterceptedService::new(job, move |request| job_token.check(request)))
         .add_service(InterceptedService::new(reflection, move |request| reflection_token.check(request)));

@@ -104,7 +104,7 @@ impl WorkerService for WorkerServer {
     async fn renew(&self, request: Request<v1::RenewRequest>) -> Result<Response<v1::RenewResponse>, Status> {
         expect_deadline(&request)?;
         let renew = request.into_inner();
-        let progress = convert::progress(renew.progress);
+        let progress = Box::new(convert::progress(renew.progress));
         self.apply(Event::Renew { member: renew.member_id, progress }).await?;
         Ok(Response::new(v1::RenewResponse { header: self.header() }))
     }

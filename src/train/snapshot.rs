@@ -114,12 +114,14 @@ fn write(plan: &LoadPlan, snapshot: &Snapshot, control: &Control, tell: &Tell) -
             None => return false,
         };
         crate::faults::point("train.write");
+        let started = crate::clock::now();
         let written = open_root(&grant.root).map_err(CheckpointError::from).and_then(|root| {
             let (state, store, directory) = (&snapshot.state, root.store.as_ref(), grant.directory.as_str());
             write_shard(&WriteRequest { plan, state, store, directory, step }, &|_| {})
         });
         match written {
             Ok(mut receipt) => {
+                control.wrote(&receipt, started.elapsed());
                 receipt.training.clone_from(&snapshot.training);
                 done = Some(grant.clone());
                 tell(Ok(News::Saved { grant, receipt: Box::new(receipt) }));

@@ -7,6 +7,7 @@ use std::sync::{Arc, Mutex, PoisonError, mpsc};
 
 use tokio::sync::mpsc as async_mpsc;
 
+use super::figures::Figures;
 use super::models::{Loaded, Places, load_models};
 use super::plane::{Meeting, Offer, Plane};
 use super::proc_stat::peak_resident_bytes;
@@ -97,6 +98,7 @@ pub(super) struct Watched {
     pub(super) total_bytes: Arc<AtomicU64>,
     pub(super) cancel: Cancel,
     pub(super) control: Control,
+    pub(super) figures: Figures,
     abort: Arc<Mutex<Option<AbortHandle>>>,
 }
 
@@ -104,7 +106,8 @@ impl Default for Watched {
     fn default() -> Self {
         let cancel = Cancel::default();
         let control = Control::new(cancel.clone());
-        Self { done_bytes: Arc::default(), total_bytes: Arc::default(), cancel, control, abort: Arc::default() }
+        let (done_bytes, total_bytes, figures) = (Arc::default(), Arc::default(), Figures::default());
+        Self { done_bytes, total_bytes, cancel, control, figures, abort: Arc::default() }
     }
 }
 
@@ -184,6 +187,7 @@ impl DataThread {
                 let backend = plane.name();
                 places.comm_device = plane.device();
                 let (mut comm, counters) = plane.connect(meeting, port, &self.watched)?;
+                self.watched.figures.connection(counters.clone());
                 crate::faults::point("worker.connected");
                 let lent: Option<&mut dyn Communicator> = if exchanges { Some(comm.as_mut()) } else { None };
                 let loaded = load_models(&plan, places, lent);
@@ -263,11 +267,13 @@ impl DataThread {
         let request =
             WriteRequest { plan, state, store: store.as_ref(), directory: &command.directory, step: command.step };
         let progress = |done| self.watched.done_bytes.store(done, Ordering::Relaxed);
+        let started = crate::clock::now();
         let receipt = write_shard(&request, &progress).map_err(|error: CheckpointError| Failure {
             message: chain(&error),
             exit_code: error.kind().exit_code(),
             blame: Blame::Own,
         })?;
+        self.watched.control.wrote(&receipt, started.elapsed());
         Ok(Outcome::Saved { command, receipt: Box::new(receipt) })
     }
 }

@@ -22,7 +22,7 @@ use crate::comm::Group;
 use crate::comm::tcp::TcpPort;
 use crate::error::{Kind, chain};
 use crate::plan::{LoadPlan, PLAN_VERSION};
-use crate::rpc::{Clients, describe_status, kind_of, request, training_progress};
+use crate::rpc::{Clients, describe_status, kind_of, rank_figures, request, training_progress};
 use crate::tasks::{Tasks, spawn_thread, survive_file_size_limit};
 use crate::train::Grant;
 use crate::types::{Attempt, Generation, Step};
@@ -153,6 +153,7 @@ impl Session {
                     done_bytes: watched.done_bytes.load(Ordering::Relaxed),
                     total_bytes: watched.total_bytes.load(Ordering::Relaxed),
                     peak_resident_bytes: peak_resident_bytes(),
+                    figures: Some(rank_figures(&watched.figures.now(watched.control.tally()))),
                     training: watched.control.progress().filter(|_| config.rank.0 == 0).as_ref().map(training_progress),
                 };
                 let member_id = member.borrow().clone();

@@ -1,6 +1,7 @@
 //! What black-box tests share: a place of their own, processes that are found by a mark in their environment, waiting with
 //! a limit, and a small seeded generator. Refuses to know: what any test checks.
 
+pub(crate) mod http;
 pub(crate) mod model;
 pub(crate) mod refusal;
 
