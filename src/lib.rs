@@ -33,6 +33,7 @@ pub mod rpc;
 pub mod state;
 pub mod store;
 pub mod tasks;
+pub mod telemetry;
 pub mod train;
 pub mod types;
 pub mod web;

@@ -7,7 +7,7 @@ use std::path::{Path, PathBuf};
 const RINGS: [&[&str]; 5] = [
     &["types", "clock", "error", "faults"],
     &["format", "model", "quant", "plan", "manifest", "membership", "adapter", "recipe", "estimate"],
-    &["store", "hub", "device", "comm", "tasks", "state", "nn", "data", "metrics"],
+    &["store", "hub", "device", "comm", "tasks", "state", "nn", "data", "metrics", "telemetry"],
     &["checkpoint", "cache", "load", "train", "coordinator", "worker"],
     &["rpc", "config", "web", "app", "bench", "cli"],
 ];

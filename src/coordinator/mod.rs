@@ -7,9 +7,11 @@
 mod history;
 mod journal;
 mod owner;
+mod traces;
 mod view;
 
 pub(crate) use owner::random_secret;
+pub(crate) use traces::{of_load, of_save};
 
 use std::sync::{Arc, Mutex, PoisonError};
 use std::time::Duration;

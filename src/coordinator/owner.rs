@@ -6,6 +6,7 @@ use std::sync::{Arc, Mutex, PoisonError};
 
 use tokio::sync::{mpsc, watch};
 
+use super::traces::{Traces, of_save};
 use super::{CoordinatorConfig, EndRecord, GenerationRecord, History, JobRecord, Journal, ModelView, Request, View};
 use crate::checkpoint::{self, CheckpointError, Delete};
 use crate::error::{Classify, Kind, chain};
@@ -14,8 +15,9 @@ use crate::membership::{Effect, Event, Membership, Phase, Save, Settings, TICK};
 use crate::plan::LoadPlan;
 use crate::store::{Store, StoreError, open_root};
 use crate::tasks::Tasks;
+use crate::telemetry::TraceSpan;
 use crate::train::{Policy, Recipe, keeps};
-use crate::types::{Generation, Step};
+use crate::types::{Generation, JobId, Step};
 
 pub(super) struct Owner {
     membership: Membership,
@@ -23,12 +25,14 @@ pub(super) struct Owner {
     events: mpsc::Sender<Request>,
     views: watch::Sender<View>,
     history: Arc<Mutex<History>>,
+    traces: Traces,
     is_restartable: bool,
     running: Tasks,
 }
 
 /// What effects need.
 struct EffectContext {
+    job: JobId,
     plan: LoadPlan,
     journal: Journal,
     secret: [u8; 32],
@@ -78,12 +82,20 @@ impl Owner {
             save_answered: None,
         };
         view.update(&membership);
+        let view_job = view.job.clone();
         let (views, seen) = watch::channel(view);
-        let effects = EffectContext { plan: record.plan, journal, secret, checkpoint_root: record.checkpoint_root };
+        let effects = EffectContext {
+            job: view_job,
+            plan: record.plan,
+            journal,
+            secret,
+            checkpoint_root: record.checkpoint_root,
+        };
         let history = Arc::new(Mutex::new(History::new(&membership)));
         let owner = Self {
             membership,
             history,
+            traces: Traces::default(),
             effects: Arc::new(effects),
             events,
             views,
@@ -126,6 +138,7 @@ impl Owner {
         if !quiet || before != after {
             let membership = &self.membership;
             self.history.lock().unwrap_or_else(PoisonError::into_inner).look(membership, crate::clock::now());
+            self.traces.look(&self.effects.job, membership);
             self.views.send_modify(|view| view.update(membership));
             crate::faults::point("coordinator.announced");
         }
@@ -209,6 +222,8 @@ impl EffectContext {
         let request = SealRequest { plan, step: save.step, attempt: save.attempt, generation };
         let training = receipts.iter().find_map(|receipt| receipt.training.as_ref());
         let best = training.and_then(|training| training.best).map(|best| best.step);
+        let traceparent = of_save(&self.job, generation, save).traceparent();
+        let mut span = TraceSpan::child(&traceparent, "commit checkpoint");
         match checkpoint::commit(store.as_ref(), &request, receipts) {
             Ok(directory) => {
                 tracing::info!(step = %save.step, attempt = %save.attempt, directory, "checkpoint committed");
@@ -217,7 +232,10 @@ impl EffectContext {
                 }
                 Event::Committed { directory }
             }
-            Err(error) => shell_failed(&error),
+            Err(error) => {
+                span.fail(&chain(&error));
+                shell_failed(&error)
+            }
         }
     }
 

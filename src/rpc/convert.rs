@@ -2,8 +2,9 @@
 
 use weightcast_proto::v1;
 
-use crate::coordinator::{Coordinator, ModelView, View};
+use crate::coordinator::{Coordinator, ModelView, View, of_load, of_save};
 use crate::membership::{Cause, Phase, Progress, RankFigures, TrainingProgress};
+use crate::telemetry;
 use crate::types::as_u64;
 
 pub(super) fn header(coordinator: &Coordinator, view: &View) -> v1::ResponseHeader {
@@ -55,9 +56,20 @@ pub(super) fn watch(coordinator: &Coordinator, view: &View) -> v1::WatchResponse
         stop: view.is_draining,
         committed_step: view.committed_step.map(|step| step.0),
         save_request: view.save_request,
-        traceparent: String::new(),
+        traceparent: traceparent(view),
         unloaded: view.models.iter().filter(|model| model.unloaded).map(|model| model.name.clone()).collect(),
     }
+}
+
+/// The trace of what ranks are doing.
+fn traceparent(view: &View) -> String {
+    let ids = match (view.save(), &view.phase) {
+        _ if !telemetry::is_on() => None,
+        (Some(save), _) => Some(of_save(&view.job, view.generation, save)),
+        (None, Phase::Loading) => Some(of_load(&view.job, view.generation)),
+        _ => None,
+    };
+    ids.map(|ids| ids.traceparent()).unwrap_or_default()
 }
 
 pub(super) fn progress(message: Option<v1::Progress>) -> Progress {

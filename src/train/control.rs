@@ -26,6 +26,8 @@ pub struct Grant {
     pub root: PathBuf,
     /// The attempt's directory in it.
     pub directory: String,
+    /// The checkpoint's trace; empty when nobody traces.
+    pub traceparent: String,
 }
 
 /// What the training tells.

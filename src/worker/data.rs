@@ -21,6 +21,7 @@ use crate::manifest::ShardReceipt;
 use crate::plan::{LoadPlan, Strategy};
 use crate::state::StateDict;
 use crate::store::{StoreError, open_root};
+use crate::telemetry::TraceSpan;
 use crate::train::{Control, Grant, News, TrainError, TrainRequest, train};
 use crate::types::{Attempt, DeviceWish, Rank, Step};
 
@@ -44,6 +45,8 @@ pub(super) struct SaveCommand {
     pub(super) attempt: Attempt,
     pub(super) root: PathBuf,
     pub(super) directory: String,
+    /// The checkpoint's trace; empty when nobody traces.
+    pub(super) traceparent: String,
 }
 
 /// Everything that a load needs.
@@ -53,6 +56,8 @@ pub(super) struct LoadCommand {
     /// Where the plan's files are on this host, if not where the plan says.
     pub(super) root: Option<PathBuf>,
     pub(super) meeting: Meeting,
+    /// The load's trace; empty when nobody traces.
+    pub(super) traceparent: String,
 }
 
 /// What the data thread answers.
@@ -155,8 +160,15 @@ impl DataThread {
     pub(super) fn run(mut self, commands: &mpsc::Receiver<Command>, outcomes: &async_mpsc::Sender<Outcome>) {
         while let Ok(command) = commands.recv() {
             let outcome = match command {
-                Command::Load(command) => self.load(*command).unwrap_or_else(Outcome::Failed),
-                Command::Save(command) => self.save(command).unwrap_or_else(Outcome::Failed),
+                Command::Load(command) => {
+                    let mut span = TraceSpan::child(&command.traceparent, "load shard");
+                    span.count("weightcast.rank", u64::from(command.meeting.group.rank.0));
+                    traced(span, self.load(*command))
+                }
+                Command::Save(command) => {
+                    let span = TraceSpan::child(&command.traceparent, "write shard");
+                    traced(span, self.save(command))
+                }
                 Command::Train(root) => self.train(root, outcomes).unwrap_or_else(Outcome::Failed),
                 Command::Unload(name) => {
                     self.unload(&name);
@@ -170,7 +182,7 @@ impl DataThread {
     }
 
     fn load(&mut self, command: LoadCommand) -> Result<Outcome, Failure> {
-        let LoadCommand { plan, root, meeting } = command;
+        let LoadCommand { plan, root, meeting, .. } = command;
         let group = meeting.group;
         let device = placed(self.offer.device, &plan, group.rank)?;
         let watched = self.watched.clone();
@@ -278,6 +290,29 @@ impl DataThread {
     }
 }
 
+/// Says in a span how its work ended, and ends it.
+fn traced(mut span: TraceSpan, result: Result<Outcome, Failure>) -> Outcome {
+    let outcome = result.unwrap_or_else(Outcome::Failed);
+    match &outcome {
+        Outcome::Loaded(report) => {
+            span.count("weightcast.storage_bytes", report.storage_bytes);
+            span.count("weightcast.sent_bytes", report.sent_bytes);
+            span.count("weightcast.received_bytes", report.received_bytes);
+            span.count("weightcast.weights_bytes", report.weights_bytes);
+            span.set("weightcast.read_seconds", report.stages.read_s);
+            span.set("weightcast.encode_seconds", report.stages.encode_s);
+            span.set("weightcast.exchange_seconds", report.stages.exchange_s);
+        }
+        Outcome::Saved { receipt, .. } => {
+            span.count("weightcast.rank", u64::from(receipt.rank.0));
+            span.count("weightcast.written_bytes", receipt.file.as_ref().map_or(0, |file| file.bytes));
+        }
+        Outcome::Failed(failure) => span.fail(&failure.message),
+        Outcome::SnapshotTaken { .. } | Outcome::Trained => {}
+    }
+    outcome
+}
+
 /// Where the plan puts the weights of a rank that has `found`.
 fn placed(found: Device, plan: &LoadPlan, rank: Rank) -> Result<Device, Failure> {
     match (plan.device.device, found) {
@@ -298,8 +333,8 @@ fn placed(found: Device, plan: &LoadPlan, rank: Rank) -> Result<Device, Failure>
 fn outcome_of(told: Result<News, CheckpointError>) -> Outcome {
     match told {
         Ok(News::SnapshotTaken { step, answers }) => Outcome::SnapshotTaken { step, answers },
-        Ok(News::Saved { grant: Grant { step, attempt, root, directory }, receipt }) => {
-            Outcome::Saved { command: SaveCommand { step, attempt, root, directory }, receipt }
+        Ok(News::Saved { grant: Grant { step, attempt, root, directory, traceparent }, receipt }) => {
+            Outcome::Saved { command: SaveCommand { step, attempt, root, directory, traceparent }, receipt }
         }
         Err(error) => {
             Outcome::Failed(Failure { message: chain(&error), exit_code: error.kind().exit_code(), blame: Blame::Own })

@@ -264,6 +264,7 @@ impl Session {
                         attempt: Attempt(save.attempt),
                         root: self.checkpoint_root(snapshot).unwrap_or_default(),
                         directory: save.directory.clone(),
+                        traceparent: snapshot.traceparent.clone(),
                     };
                     tell(commands, Command::Save(command))?;
                 }
@@ -275,6 +276,7 @@ impl Session {
                     attempt: Attempt(save.attempt),
                     root,
                     directory: save.directory.clone(),
+                    traceparent: snapshot.traceparent.clone(),
                 });
                 if snapshot.stop {
                     self.watched.control.stop();
@@ -318,7 +320,8 @@ impl Session {
         let group = Group { rank: self.config.rank, world: self.config.world };
         let (generation, nccl_unique_id) = (Generation(self.generation), snapshot.nccl_unique_id.clone());
         let root = self.config.checkpoint_root.as_ref().and_then(|root| stored_in(root, &plan));
-        Ok(LoadCommand { plan, root, meeting: Meeting { group, generation, secret, peers, nccl_unique_id } })
+        let meeting = Meeting { group, generation, secret, peers, nccl_unique_id };
+        Ok(LoadCommand { plan, root, meeting, traceparent: snapshot.traceparent.clone() })
     }
 
     /// Gets the plan and checks that it is the one that all ranks have.
