@@ -7,9 +7,9 @@ use std::path::{Path, PathBuf};
 const RINGS: [&[&str]; 5] = [
     &["types", "clock", "error", "faults"],
     &["format", "model", "quant", "plan", "manifest", "membership", "adapter", "recipe", "estimate", "k8s"],
-    &["store", "hub", "device", "comm", "tasks", "state", "nn", "data", "metrics", "tls"],
+    &["store", "hub", "device", "comm", "tasks", "state", "nn", "data", "metrics", "tls", "telemetry"],
     &["checkpoint", "cache", "load", "train", "coordinator", "worker"],
-    &["rpc", "config", "app", "bench", "cli"],
+    &["rpc", "config", "web", "app", "bench", "cli"],
 ];
 
 /// Imports that go upward, each with its reason.

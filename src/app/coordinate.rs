@@ -8,6 +8,7 @@ use tokio::signal::unix::{SignalKind, signal};
 
 use super::launch::{Audience, JOIN_DEADLINE, absolute_files, job_record, write_output};
 use super::model_export::ModelExportError;
+use super::observe::{ObservePlaces, Observers};
 use super::prepare::{PrepareError, Prepared};
 use super::queue::{RanksAre, job_maker};
 use super::running::{RunFile, RunFileError};
@@ -45,6 +46,8 @@ pub struct CoordinatorPlace {
     pub control_token_file: Option<PathBuf>,
     /// The certificates of calls, if they are to be encrypted.
     pub tls: Option<TlsFiles>,
+    /// Where it lets itself be looked at.
+    pub observe: ObservePlaces,
 }
 
 /// How a job of its own coordinator ended.
@@ -147,11 +150,12 @@ pub async fn coordinate(
         return Err(CoordinateError::NotLoopback { address: place.listen });
     }
     survive_file_size_limit().map_err(|source| CoordinateError::Signals { source })?;
+    let mut tasks = Tasks::new();
+    let observers = Observers::bind(place.observe, audience.note, &mut tasks).await?;
     let is_new = rustix::fs::stat(&place.state_directory).is_err();
     let journal = Journal::open(&place.state_directory)?;
     make_private(&place.state_directory, is_new)?;
     let security = security(&place)?;
-    let mut tasks = Tasks::new();
     // The entry of the cache is the job's until the end; a coordinator that is started again relies on files that are open.
     let mut claim: Vec<CacheClaim> = Vec::new();
     let (record, listener, left) = match journal.interrupted()? {
@@ -191,7 +195,9 @@ pub async fn coordinate(
         jobs,
     };
     let coordinator = Coordinator::start(config, &mut tasks)?;
+    let people = security.access.operator.clone().unwrap_or_else(|| security.access.worker.clone());
     serve(coordinator.clone(), security, listener, &mut tasks);
+    observers.follow(&coordinator, &people, &mut tasks);
     crate::faults::point("coordinator.serves");
     let mut signals = Signals::new().map_err(|source| CoordinateError::Signals { source })?;
     let (view, preempted) = until_over(&coordinator, audience, farewell, &mut signals).await;

@@ -12,6 +12,7 @@ use weightcast_launcher::{
 };
 
 use super::model_export::ModelExportError;
+use super::observe::{ObservePlaces, Observers};
 use super::prepare::Prepared;
 use super::queue::{RanksAre, job_maker};
 use super::running::{RunFile, RunFileError};
@@ -43,6 +44,8 @@ pub struct LaunchJob {
     pub args: LaunchArgs,
     /// The certificates of calls and of the data plane, if they are to be encrypted.
     pub tls: Option<TlsFiles>,
+    /// Where its coordinator lets itself be looked at.
+    pub observe: ObservePlaces,
 }
 
 /// How a launched job ended.
@@ -137,8 +140,10 @@ pub async fn launch(job: LaunchJob, audience: Audience) -> Result<Launched, Laun
 }
 
 async fn launch_in(job: LaunchJob, directory: &Path, audience: Audience) -> Result<Launched, LaunchJobError> {
-    let LaunchJob { config, prepared, args, tls: tls_files } = job;
+    let LaunchJob { config, prepared, args, tls: tls_files, observe } = job;
     let environment = Environment::of_this_process();
+    let mut tasks = Tasks::new();
+    let observers = Observers::bind(observe, audience.note, &mut tasks).await?;
     let token = Token::create(directory)?;
     let tls = tls_files.clone().map(Tls::open).transpose()?;
     let journal = Journal::open(&directory.join("coordinator"))?;
@@ -147,13 +152,13 @@ async fn launch_in(job: LaunchJob, directory: &Path, audience: Audience) -> Resu
     let record = job_record(&config, prepared, address);
     let jobs = job_maker(record.after_load.then, address, RanksAre::Here);
     let (name, plan, output) = (record.job.to_string(), record.plan.clone(), OutputPlace::of(&record));
-    let mut tasks = Tasks::new();
     let coordinator = Coordinator::start(
         CoordinatorConfig { record, join_deadline: JOIN_DEADLINE, journal, is_restartable: false, left: None, jobs },
         &mut tasks,
     )?;
     let security = Security { access: Access { worker: token.clone(), operator: None }, tls };
     serve(coordinator.clone(), security, listener, &mut tasks);
+    observers.follow(&coordinator, &token, &mut tasks);
     crate::faults::point("launcher.serves");
     let (mut views, mut show) = (coordinator.views(), audience.view);
     tasks.spawn("audience", async move {

@@ -24,6 +24,7 @@ mod model_directory_zip;
 mod model_expand;
 mod model_export;
 mod new_model;
+mod observe;
 mod prepare;
 mod pull;
 mod quality;
@@ -58,6 +59,7 @@ pub use model_directory_error::{CkptError, DirectoryError};
 pub use model_expand::{ExpandError, ExpandedModel, expand_model};
 pub use model_export::{ExportedModel, ModelExportError, TrainedRun, export_model};
 pub use new_model::{NewModelError, new_model, new_preset};
+pub use observe::ObservePlaces;
 pub use prepare::{PrepareError, Prepared, prepare, prepare_peek, prepare_with};
 pub use pull::{PullError, PullPlan, plan_pull, pull};
 pub use quality::{

@@ -7,6 +7,7 @@ use weightcast_launcher::LaunchArgs;
 
 use super::estimate::EstimateFlags;
 use super::quantize::QuantizeFlags;
+use crate::app::ObservePlaces;
 use crate::config::{JobConfig, ResumePolicy};
 use crate::plan::{Placement, Strategy};
 use crate::tls::TlsFiles;
@@ -243,6 +244,9 @@ pub struct LaunchFlags {
     /// How calls and the data plane are encrypted
     #[command(flatten)]
     pub tls: TlsFlags,
+    /// Where to look at it.
+    #[command(flatten)]
+    pub observe: ObserveFlags,
     /// The launcher's flags, and the job file or program
     #[command(flatten)]
     pub launch: LaunchArgs,
@@ -275,11 +279,34 @@ pub struct CoordinatorFlags {
     /// The job, instead of or over a job file
     #[command(flatten)]
     pub job: JobOverrides,
+    /// Where to look at it.
+    #[command(flatten)]
+    pub observe: ObserveFlags,
     /// Print the result as JSON on stdout
     #[arg(long)]
     pub json: bool,
     /// A job file
     pub job_file: Option<PathBuf>,
+}
+
+/// Where a coordinator lets itself be looked at.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Args)]
+#[command(next_help_heading = "Looking at it")]
+pub struct ObserveFlags {
+    /// Serve grpc.health.v1 here in plain text, with the services startup, readiness and liveness; port 0 is any free one
+    #[arg(long, value_name = "ADDRESS", env = "WEIGHTCAST_HEALTH_LISTEN")]
+    pub health_listen: Option<std::net::SocketAddr>,
+    /// Serve the status page and /metrics here; on an address that other hosts reach the page asks for the job's token
+    #[arg(long, value_name = "ADDRESS", env = "WEIGHTCAST_HTTP_LISTEN")]
+    pub http_listen: Option<std::net::SocketAddr>,
+}
+
+impl ObserveFlags {
+    /// The places.
+    #[must_use]
+    pub const fn places(self) -> ObservePlaces {
+        ObservePlaces { health: self.health_listen, http: self.http_listen }
+    }
 }
 
 /// `weightcast plan`

@@ -19,6 +19,7 @@ pub(super) fn run(flags: CoordinatorFlags) -> u8 {
         control_token_file,
         tls,
         job,
+        observe,
         json,
         job_file,
     } = flags;
@@ -47,6 +48,7 @@ pub(super) fn run(flags: CoordinatorFlags) -> u8 {
         token_file,
         control_token_file,
         tls,
+        observe: observe.places(),
     };
     // The ranks may be on other hosts, whose memory this one does not know.
     let plan = move |config: &JobConfig| prepare_with(config, world, None, &super::output::download);

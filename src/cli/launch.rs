@@ -3,11 +3,12 @@
 use serde_json::json;
 use weightcast_launcher::{Environment, Event, EventSink, Launch, LaunchArgs, run as run_ranks, stop_channel};
 
-use super::args::{JobOverrides, LaunchFlags};
+use super::args::{JobOverrides, LaunchFlags, ObserveFlags};
 use super::output::{bytes, fail, fail_with, json, refuse, say};
 use super::progress::ProgressLine;
 use crate::app::{
-    Audience, CoordinatorAddress, LaunchJob, Launched, ModelExportError, RunOutput, join, launch, prepare,
+    Audience, CoordinatorAddress, LaunchJob, Launched, ModelExportError, ObservePlaces, RunOutput, join, launch,
+    prepare,
 };
 use crate::config::JobConfig;
 use crate::membership::Phase;
@@ -16,7 +17,7 @@ use crate::tls::TlsFiles;
 use crate::types::{Sharing, WorldSize};
 
 pub(super) fn run(flags: LaunchFlags) -> u8 {
-    let LaunchFlags { job, json, coordinator, token_file, tls, launch } = flags;
+    let LaunchFlags { job, json, coordinator, token_file, tls, observe, launch } = flags;
     let tls = tls.files();
     if let (Some(address), Some(token_file)) = (coordinator, token_file) {
         if job.names_a_job() || !launch.command.is_empty() {
@@ -39,7 +40,7 @@ pub(super) fn run(flags: LaunchFlags) -> u8 {
             sharing: if share_devices { Sharing::Allowed } else { Sharing::Refused },
             backend: backend.unwrap_or_default(),
         });
-        if restarts(&launch) {
+        if restarts(&launch) || looks(observe) {
             return super::EXIT_USAGE;
         }
         return join_job(&launch, &CoordinatorAddress { address, token_file, tls, checkpoint_root, device });
@@ -57,7 +58,7 @@ pub(super) fn run(flags: LaunchFlags) -> u8 {
         return super::EXIT_USAGE;
     }
     if file.is_none() && !job.names_a_job() {
-        return run_program(&launch);
+        return if looks(observe) { super::EXIT_USAGE } else { run_program(&launch) };
     }
     if file.is_none() && !launch.command.is_empty() {
         say("error: a job was named by flags, and a program too: name one of them");
@@ -73,7 +74,7 @@ pub(super) fn run(flags: LaunchFlags) -> u8 {
     job.apply(&mut config);
     let default_nproc_per_node = config.job.ranks_per_node.map(std::num::NonZeroU32::get);
     let launch = LaunchArgs { command: Vec::new(), default_nproc_per_node, ..launch };
-    run_job((config, tls), launch, json)
+    run_job((config, tls), launch, (json, observe.places()))
 }
 
 /// Whether ranks are to be started again one by one, which a job has no use for: says so.
@@ -81,6 +82,17 @@ fn restarts(launch: &LaunchArgs) -> bool {
     let asked = launch.max_restarts.as_deref().is_some_and(|count| count != "0");
     if asked {
         say("error: --max-restarts: expected 0 with a job: start the job again, and it resumes from its checkpoint");
+    }
+    asked
+}
+
+/// Whether ports are asked for that nobody would serve, because there is no coordinator in this process: says so.
+fn looks(observe: ObserveFlags) -> bool {
+    let asked = observe != ObserveFlags::default();
+    if asked {
+        say(
+            "error: --health-listen, --http-listen: expected a job with its coordinator in this process, or `weightcast coordinator`",
+        );
     }
     asked
 }
@@ -107,7 +119,11 @@ fn join_job(args: &LaunchArgs, coordinator: &CoordinatorAddress) -> u8 {
     }
 }
 
-fn run_job((config, tls): (JobConfig, Option<TlsFiles>), args: LaunchArgs, as_json: bool) -> u8 {
+fn run_job(
+    (config, tls): (JobConfig, Option<TlsFiles>),
+    args: LaunchArgs,
+    (as_json, observe): (bool, ObservePlaces),
+) -> u8 {
     super::arm_faults("launcher");
     let layout = match weightcast_launcher::resolve(&args, &Environment::of_this_process()) {
         Ok(layout) => layout,
@@ -146,7 +162,7 @@ fn run_job((config, tls): (JobConfig, Option<TlsFiles>), args: LaunchArgs, as_js
         Ok(runtime) => runtime,
         Err(error) => return fail_with(&error, 70),
     };
-    let job = LaunchJob { config, prepared, args, tls };
+    let job = LaunchJob { config, prepared, args, tls, observe };
     let mut line = ProgressLine::new();
     let audience =
         Audience { note: |note| say(&format!("[launcher] {note}")), view: Box::new(move |view| line.show(view)) };

@@ -27,6 +27,7 @@ mod quality;
 mod quantize;
 mod queue;
 mod recommend;
+mod traces;
 mod worker;
 
 pub use args::Arguments;
@@ -58,9 +59,18 @@ pub fn main(arguments: impl Iterator<Item = std::ffi::OsString>) -> u8 {
     output::start_logging(arguments.log_format);
     crate::store::set_remote_settings(crate::config::remote_settings());
     match arguments.command {
-        Command::Launch(flags) => launch::run(*flags),
-        Command::Coordinator(flags) => coordinator::run(*flags),
-        Command::Worker(flags) => worker::run(flags),
+        Command::Launch(flags) => {
+            let _exporter = traces::start();
+            launch::run(*flags)
+        }
+        Command::Coordinator(flags) => {
+            let _exporter = traces::start();
+            coordinator::run(*flags)
+        }
+        Command::Worker(flags) => {
+            let _exporter = traces::start();
+            worker::run(flags)
+        }
         Command::Plan(flags) => plan::run(&flags),
         Command::Adapter { command } => adapter::run(&command),
         Command::Model { command } => model::run(&command),

@@ -4,12 +4,15 @@
 //!
 //! `CO-1`: state has one owner; everybody else sees a [`View`], a full snapshot.
 
+mod history;
 mod journal;
 mod owner;
 mod queue;
+mod traces;
 mod view;
 
 pub(crate) use owner::random_secret;
+pub(crate) use traces::{of_load, of_save};
 
 use std::path::PathBuf;
 use std::sync::{Arc, Mutex, PoisonError};
@@ -17,6 +20,7 @@ use std::time::Duration;
 
 use tokio::sync::{mpsc, oneshot, watch};
 
+pub use history::{CommitView, Happening, HappeningKind, History, KEPT_COMMITS, KEPT_HAPPENINGS};
 pub use journal::{EndRecord, GenerationRecord, Interrupted, JobRecord, Journal, JournalError};
 pub use queue::{JobState, JobView, MAX_QUEUED};
 pub use view::{ModelView, Orders, RankView, View};
@@ -25,7 +29,8 @@ use crate::checkpoint::CheckpointError;
 use crate::error::Kind;
 use crate::load::LoadReport;
 use crate::membership::{Event, Refusal};
-use crate::plan::LoadPlan;
+use crate::metrics::Calls;
+use crate::plan::{LoadPlan, RankMemory};
 use crate::tasks::Tasks;
 use crate::types::{Rank, Step};
 
@@ -124,6 +129,8 @@ struct Shared {
     /// The number of the job that was queued last.
     numbers: tokio::sync::Mutex<u64>,
     loads: Loads,
+    history: Arc<Mutex<History>>,
+    calls: Calls,
     /// Held by everybody who follows the job.
     audience: Arc<()>,
 }
@@ -133,12 +140,15 @@ struct Shared {
 struct CurrentJob {
     record: JobRecord,
     plan_bytes: Vec<u8>,
+    /// The memory that the plan says each rank needs.
+    planned: Vec<RankMemory>,
 }
 
 impl CurrentJob {
     fn new(record: JobRecord) -> Arc<Self> {
         let plan_bytes = record.plan.encode();
-        Arc::new(Self { record, plan_bytes })
+        let planned = record.plan.world.ranks().map(|rank| record.plan.memory(rank)).collect();
+        Arc::new(Self { record, plan_bytes, planned })
     }
 }
 
@@ -210,6 +220,7 @@ impl Coordinator {
         let loads = Loads::default();
         let (owner, (views, orders)) = owner::Owner::new(config, (current.clone(), loads.clone()), events.clone())?;
         let last = views.borrow().jobs.iter().map(|job| job.number).max().unwrap_or(0);
+        let history = owner.history();
         tasks.spawn("coordinator", owner.run(queue));
         Ok(Self {
             shared: Arc::new(Shared {
@@ -222,6 +233,8 @@ impl Coordinator {
                 jobs,
                 numbers: tokio::sync::Mutex::new(last),
                 loads,
+                history,
+                calls: Calls::default(),
                 audience: Arc::default(),
             }),
         })
@@ -301,10 +314,34 @@ impl Coordinator {
         }
     }
 
+    /// Whether the owner answers within `deadline`.
+    pub async fn answers(&self, deadline: Duration) -> bool {
+        // A tick more changes nothing that the next one would not.
+        matches!(tokio::time::timeout(deadline, self.apply(Event::Tick)).await, Ok(Ok(())))
+    }
+
     /// Snapshots as they change; the current one is there at once.
     #[must_use]
     pub fn views(&self) -> watch::Receiver<View> {
         self.shared.views.clone()
+    }
+
+    /// What has happened so far.
+    #[must_use]
+    pub fn history(&self) -> History {
+        self.shared.history.lock().unwrap_or_else(PoisonError::into_inner).clone()
+    }
+
+    /// The calls that its server has answered.
+    #[must_use]
+    pub fn calls(&self) -> &Calls {
+        &self.shared.calls
+    }
+
+    /// The memory that the plan says each rank needs.
+    #[must_use]
+    pub fn planned(&self) -> Vec<RankMemory> {
+        self.current().planned.clone()
     }
 
     /// What ranks act on, as it changes; the current one is there at once.

@@ -6,10 +6,11 @@ use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 use tokio::sync::{mpsc, watch};
 
 use super::queue::Queue;
+use super::traces::{Traces, of_save};
 use super::view::Changed;
 use super::{
-    CoordinatorConfig, CoordinatorError, CurrentJob, EndRecord, GenerationRecord, JobMaker, JobRecord, JobState,
-    Journal, Loads, Orders, Request, Seen, View,
+    CoordinatorConfig, CoordinatorError, CurrentJob, EndRecord, GenerationRecord, History, JobMaker, JobRecord,
+    JobState, Journal, Loads, Orders, Request, Seen, View,
 };
 use crate::checkpoint::{self, CheckpointError, Delete};
 use crate::clock::Instant;
@@ -19,6 +20,7 @@ use crate::membership::{Effect, Event, Membership, Phase, Refusal, Save, Setting
 use crate::plan::LoadPlan;
 use crate::store::{Store, StoreError, open_root};
 use crate::tasks::Tasks;
+use crate::telemetry::TraceSpan;
 use crate::train::{Policy, Recipe, keeps};
 use crate::types::{Generation, Rank, Step};
 
@@ -40,6 +42,8 @@ pub(super) struct Owner {
     loads: Loads,
     /// When the ranks turned to the job at hand.
     began: Instant,
+    history: Arc<Mutex<History>>,
+    traces: Traces,
     is_restartable: bool,
     /// Whether the job at hand is the next one of ranks that hold, and was not begun.
     begins: bool,
@@ -87,6 +91,7 @@ impl Owner {
         let mut view = View::new(&record, secret, LoadPlan::sha256(&job.plan_bytes));
         view.jobs = queue.views().to_vec();
         view.update(&membership, Changed::All);
+        let history = Arc::new(Mutex::new(History::new(&membership)));
         let orders = watch::Sender::new(Arc::new(view.orders()));
         let views = watch::Sender::new(view);
         let seen = (views.subscribe(), orders.subscribe());
@@ -101,6 +106,8 @@ impl Owner {
             events,
             views,
             orders,
+            history,
+            traces: Traces::default(),
             loads,
             began: crate::clock::now(),
             is_restartable,
@@ -108,6 +115,10 @@ impl Owner {
             running: Tasks::new(),
         };
         Ok((owner, seen))
+    }
+
+    pub(super) fn history(&self) -> Arc<Mutex<History>> {
+        self.history.clone()
     }
 
     pub(super) async fn run(mut self, mut queue: mpsc::Receiver<Request>) {
@@ -178,7 +189,9 @@ impl Owner {
         result
     }
 
-    fn publish(&self, changed: Changed) {
+    fn publish(&mut self, changed: Changed) {
+        self.history.lock().unwrap_or_else(PoisonError::into_inner).look(&self.membership, crate::clock::now());
+        self.traces.look(&self.effects.job.record.job, &self.membership);
         let (membership, jobs) = (&self.membership, self.queue.views());
         self.views.send_modify(|view| {
             view.update(membership, changed);
@@ -382,6 +395,8 @@ impl EffectContext {
         let request = SealRequest { plan, step: save.step, attempt: save.attempt, generation };
         let training = receipts.iter().find_map(|receipt| receipt.training.as_ref());
         let best = training.and_then(|training| training.best).map(|best| best.step);
+        let traceparent = of_save(&self.job.record.job, generation, save).traceparent();
+        let mut span = TraceSpan::child(&traceparent, "commit checkpoint");
         match checkpoint::commit(store.as_ref(), &request, receipts) {
             Ok(directory) => {
                 tracing::info!(step = %save.step, attempt = %save.attempt, directory, "checkpoint committed");
@@ -390,7 +405,10 @@ impl EffectContext {
                 }
                 Event::Committed { directory }
             }
-            Err(error) => shell_failed(&error),
+            Err(error) => {
+                span.fail(&chain(&error));
+                shell_failed(&error)
+            }
         }
     }
 

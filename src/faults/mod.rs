@@ -4,7 +4,8 @@
 //! Only debug builds have it; in a release build [`point`] is nothing.
 //!
 //! The directive is `trace=FILE` (append a line `ROLE POINT` at each point) or `kill=ROLE:POINT:N:FILE` (at the Nth visit,
-//! from 1, write the time in nanoseconds since 1970 into FILE and end this process with SIGKILL).
+//! from 1, write the time in nanoseconds since 1970 into FILE and end this process with SIGKILL) or
+//! `hold=ROLE:POINT:N:FILE` (from the Nth visit on the thread that visits stands still for as long as FILE exists).
 
 /// A step was reached.
 #[inline]
@@ -36,7 +37,11 @@ mod armed {
     enum Directive {
         Trace { role: String, file: File },
         Kill { point: String, nth: u64, visits: AtomicU64, stamp: PathBuf },
+        Hold { point: String, nth: u64, visits: AtomicU64, file: PathBuf },
     }
+
+    /// How often a thread that stands still looks whether it may go on.
+    const LOOK: std::time::Duration = std::time::Duration::from_millis(5);
 
     static DIRECTIVE: OnceLock<Directive> = OnceLock::new();
 
@@ -55,9 +60,12 @@ mod armed {
         }
         let mut parts = rest.splitn(4, ':');
         let (wanted, point, nth) = (parts.next()?, parts.next()?.to_owned(), parts.next()?.parse().ok()?);
-        let stamp = PathBuf::from(parts.next()?);
-        let mine = action == "kill" && wanted == role;
-        mine.then(|| Directive::Kill { point, nth, visits: AtomicU64::new(0), stamp })
+        let (file, visits) = (PathBuf::from(parts.next()?), AtomicU64::new(0));
+        match action {
+            "kill" if wanted == role => Some(Directive::Kill { point, nth, visits, stamp: file }),
+            "hold" if wanted == role => Some(Directive::Hold { point, nth, visits, file }),
+            _ => None,
+        }
     }
 
     pub(super) fn visit(name: &'static str) {
@@ -74,7 +82,14 @@ mod armed {
                 let _ = std::fs::write(stamp, crate::clock::unix_ns().to_string());
                 let _ = rustix::process::kill_process(rustix::process::getpid(), Signal::KILL);
             }
-            Some(Directive::Kill { .. }) => {}
+            Some(Directive::Hold { point, nth, visits, file })
+                if point == name && visits.fetch_add(1, Ordering::Relaxed) + 1 >= *nth =>
+            {
+                while file.exists() {
+                    std::thread::park_timeout(LOOK);
+                }
+            }
+            Some(Directive::Kill { .. } | Directive::Hold { .. }) => {}
         }
     }
 }

@@ -28,6 +28,6 @@ mod tests;
 pub use dequantize::WholeTensor;
 pub use error::LoadError;
 pub use place::Sink;
-pub use report::{LoadReport, StageTimes, logical_digests};
+pub use report::{LoadReport, Meters, StageTimes, logical_digests};
 pub use run::{Cancel, LoadOptions, load, stream};
 pub use scan::{ScanError, scan};

@@ -64,6 +64,11 @@ impl<T, E> OrderedQueue<T, E> {
         }
     }
 
+    /// Items that wait to be taken.
+    pub(super) fn len(&self) -> u64 {
+        crate::types::as_u64(self.lock().items.len())
+    }
+
     /// Ends the queue; everybody who waits wakes up. The first failure is kept for the consumer.
     pub(super) fn close(&self, failure: Option<E>) {
         let mut state = self.lock();

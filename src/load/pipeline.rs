@@ -3,6 +3,7 @@
 //! `LD-2`: a thread holds one source chunk and one result; the queue holds a bounded number of results; their buffers are
 //! used again, because fresh memory costs more than the copy into it.
 
+use std::sync::atomic::Ordering;
 use std::sync::{Mutex, PoisonError};
 use std::thread::{self, ScopedJoinHandle};
 
@@ -10,6 +11,7 @@ use super::LoadError;
 use super::encode::{Encoded, Encoder};
 use super::jobs::{Job, Work, jobs};
 use super::ordered::OrderedQueue;
+use super::report::Meters;
 use super::run::Cancel;
 use crate::plan::{Input, LoadPlan};
 use crate::types::{Rank, as_usize};
@@ -23,15 +25,16 @@ pub(super) struct Chunk {
 
 /// The queue between a reader's threads and the thread that sends.
 #[derive(Debug)]
-pub(super) struct Pipeline {
+pub(super) struct Pipeline<'m> {
+    meters: &'m Meters,
     queue: OrderedQueue<Chunk, LoadError>,
     spare: Mutex<Vec<Encoded>>,
 }
 
-impl Pipeline {
-    pub(super) fn new(plan: &LoadPlan) -> Self {
+impl<'m> Pipeline<'m> {
+    pub(super) fn new(plan: &LoadPlan, meters: &'m Meters) -> Self {
         let capacity = u64::from(plan.chunking.queue_chunks);
-        Self { queue: OrderedQueue::new(capacity), spare: Mutex::new(Vec::new()) }
+        Self { meters, queue: OrderedQueue::new(capacity), spare: Mutex::new(Vec::new()) }
     }
 
     /// Starts the reader's threads within `scope`. They end when all jobs are done, one fails, or the queue is closed.
@@ -42,6 +45,7 @@ impl Pipeline {
         encoder: Encoder<'env>,
         cancel: &'env Cancel,
     ) -> Result<Vec<ScopedJoinHandle<'scope, ()>>, LoadError> {
+        self.meters.queue_capacity.store(u64::from(plan.chunking.queue_chunks), Ordering::Relaxed);
         let tickets = std::sync::Arc::new(Mutex::new(jobs(plan, rank).enumerate()));
         let count = plan.chunking.reader_threads.max(1);
         let mut threads = Vec::new();
@@ -63,7 +67,11 @@ impl Pipeline {
                     }
                     let result = self.carry_out(plan, job, &encoder, &mut scratch);
                     let put = match result {
-                        Ok(encoded) => self.queue.put(crate::types::as_u64(ticket), Chunk { job, encoded }),
+                        Ok(encoded) => {
+                            let put = self.queue.put(crate::types::as_u64(ticket), Chunk { job, encoded });
+                            self.meter_queue();
+                            put
+                        }
                         Err(error) => return self.queue.close(Some(error)),
                     };
                     if put.is_err() {
@@ -110,7 +118,13 @@ impl Pipeline {
 
     /// The next result in order.
     pub(super) fn next(&self) -> Result<Chunk, LoadError> {
-        self.queue.take().map_err(|failure| failure.unwrap_or(LoadError::Cancelled))
+        let taken = self.queue.take().map_err(|failure| failure.unwrap_or(LoadError::Cancelled));
+        self.meter_queue();
+        taken
+    }
+
+    fn meter_queue(&self) {
+        self.meters.queue_used.store(self.queue.len(), Ordering::Relaxed);
     }
 
     /// Gives the buffers of a result back.
@@ -119,16 +133,16 @@ impl Pipeline {
     }
 
     /// Ends the threads when the guard is dropped.
-    pub(super) const fn close_at_end(&self) -> Closing<'_> {
+    pub(super) const fn close_at_end(&self) -> Closing<'_, 'm> {
         Closing(self)
     }
 }
 
 /// See [`Pipeline::close_at_end`].
 #[derive(Debug)]
-pub(super) struct Closing<'a>(&'a Pipeline);
+pub(super) struct Closing<'a, 'm>(&'a Pipeline<'m>);
 
-impl Drop for Closing<'_> {
+impl Drop for Closing<'_, '_> {
     fn drop(&mut self) {
         self.0.queue.close(None);
     }

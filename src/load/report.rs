@@ -97,9 +97,9 @@ pub struct StageTimes {
     pub place_s: f64,
 }
 
-/// Times and counts that several threads add to.
+/// Times and counts of one load that several threads add to, and that others may read while it goes on.
 #[derive(Debug, Default)]
-pub(super) struct Meters {
+pub struct Meters {
     pub(super) allocate_ns: AtomicU64,
     pub(super) read_ns: AtomicU64,
     pub(super) encode_ns: AtomicU64,
@@ -108,10 +108,27 @@ pub(super) struct Meters {
     pub(super) quantized_values: AtomicU64,
     pub(super) non_finite_values: AtomicU64,
     pub(super) done_bytes: AtomicU64,
+    /// Chunks in the queue between the reader's threads and the one that sends, and room for them.
+    pub(super) queue_used: AtomicU64,
+    pub(super) queue_capacity: AtomicU64,
 }
 
 impl Meters {
-    pub(super) fn stages(&self) -> StageTimes {
+    /// Values that were quantized so far.
+    #[must_use]
+    pub fn quantized_values(&self) -> u64 {
+        self.quantized_values.load(Ordering::Relaxed)
+    }
+
+    /// Chunks that wait in the reader's queue now, and room for them; the room is 0 for a rank that does not read.
+    #[must_use]
+    pub fn queue(&self) -> (u64, u64) {
+        (self.queue_used.load(Ordering::Relaxed), self.queue_capacity.load(Ordering::Relaxed))
+    }
+
+    /// The time in each stage so far.
+    #[must_use]
+    pub fn stages(&self) -> StageTimes {
         let seconds = |meter: &AtomicU64| Duration::from_nanos(meter.load(Ordering::Relaxed)).as_secs_f64();
         StageTimes {
             allocate_s: seconds(&self.allocate_ns),

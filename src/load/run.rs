@@ -56,6 +56,8 @@ pub struct LoadOptions<'a> {
     pub cancel: Cancel,
     /// Gets the bytes kept so far; read by whoever shows progress.
     pub done_bytes: Arc<AtomicU64>,
+    /// Gets the load's times and counts.
+    pub meters: Arc<Meters>,
 }
 
 impl<'a> LoadOptions<'a> {
@@ -71,6 +73,7 @@ impl<'a> LoadOptions<'a> {
             kernels: Kernels::detect(),
             cancel: Cancel::default(),
             done_bytes: Arc::default(),
+            meters: Arc::default(),
         }
     }
 }
@@ -85,10 +88,10 @@ pub fn load(
     comm: Option<&mut dyn Communicator>,
 ) -> Result<(StateDict, LoadReport), LoadError> {
     let start = crate::clock::now();
-    let meters = Meters::default();
+    let meters = options.meters.as_ref();
     let mut state = timed(&meters.allocate_ns, || StateDict::allocate(plan, options.rank, options.device))?;
     let comm = comm.filter(|_| plan.strategy != Strategy::Full && plan.world.get() > 1);
-    carry_out(plan, options, &meters, (Keeper::State(&mut state), comm))?;
+    carry_out(plan, options, meters, (Keeper::State(&mut state), comm))?;
     timed(&meters.place_ns, || state.flush())?;
 
     let report = LoadReport {
@@ -128,7 +131,7 @@ fn carry_out<'a>(
     let reads = plan.reads(options.rank);
     let files = if reads { Files::open(plan, options.rank, options.store, options.cache)? } else { Files::none() };
     let encoder = Encoder { files: &files, meters, kernels: options.kernels };
-    let pipeline = Pipeline::new(plan);
+    let pipeline = Pipeline::new(plan, meters);
     let mover = Mover {
         rank: options.rank,
         comm,
@@ -156,7 +159,7 @@ fn carry_out<'a>(
 fn walk(
     plan: &LoadPlan,
     options: &LoadOptions<'_>,
-    pipeline: &Pipeline,
+    pipeline: &Pipeline<'_>,
     mut mover: Mover<'_, '_, '_>,
 ) -> Result<(), LoadError> {
     for (index, tensor) in plan.tensors.iter().enumerate() {
@@ -203,7 +206,7 @@ fn moving_pieces(plan: &LoadPlan, route: &Route<'_>) -> Vec<Piece> {
 fn send_encoded(
     plan: &LoadPlan,
     options: &LoadOptions<'_>,
-    pipeline: &Pipeline,
+    pipeline: &Pipeline<'_>,
     mover: &mut Mover<'_, '_, '_>,
     route: &Route<'_>,
 ) -> Result<(), LoadError> {
@@ -254,7 +257,7 @@ fn statistics_start(route: &Route<'_>, component: usize, first_element: u64) -> 
 /// A reader's end for a tensor that is stored in its final form.
 fn send_stored(
     plan: &LoadPlan,
-    pipeline: &Pipeline,
+    pipeline: &Pipeline<'_>,
     mover: &mut Mover<'_, '_, '_>,
     route: &Route<'_>,
 ) -> Result<(), LoadError> {

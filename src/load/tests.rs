@@ -93,6 +93,7 @@ fn carry_out(plan: &LoadPlan, root: &str) -> (Vec<StateDict>, u64) {
                         kernels: Kernels::detect(),
                         cancel: Cancel::default(),
                         done_bytes: Arc::new(AtomicU64::new(0)),
+                        meters: Arc::default(),
                     };
                     let abort = comm.abort_handle();
                     load(plan, &options, Some(&mut comm)).inspect_err(|error| abort.abort(&error.to_string()))

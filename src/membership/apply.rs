@@ -16,7 +16,7 @@ impl Membership {
     pub fn apply(&mut self, now: Instant, event: Event) -> Result<Vec<Effect>, Refusal> {
         match event {
             Event::Join(info) => self.join(now, info),
-            Event::Renew { member, progress } => self.renew(now, &member, progress),
+            Event::Renew { member, progress } => self.renew(now, &member, *progress),
             Event::GenerationDurable(generation) => Ok(self.open(generation)),
             Event::Loaded { member, generation } => self.loaded(&member, generation),
             Event::SaveBegun { attempt, directory } => Ok(self.save_begun(attempt, directory)),

@@ -52,6 +52,8 @@ pub struct Progress {
     pub peak_resident_bytes: u64,
     /// Rank 0, while it trains.
     pub training: Option<TrainingProgress>,
+    /// What its process has done.
+    pub figures: super::RankFigures,
 }
 
 /// How far a training run is.
@@ -75,6 +77,12 @@ pub struct TrainingProgress {
     pub evaluation_loss: Option<f32>,
     /// The step after which the best evaluation was made.
     pub best_step: Option<u64>,
+    /// The duration of the last step, in seconds.
+    pub step_s: f64,
+    /// The norm of all gradients of the last step, before clipping.
+    pub gradient_norm: f64,
+    /// Tokens that went through the model since the processes started.
+    pub tokens: u64,
 }
 
 /// Something that happened.
@@ -87,7 +95,7 @@ pub enum Event {
         /// The member.
         member: String,
         /// How far it is.
-        progress: Progress,
+        progress: Box<Progress>,
     },
     /// The shell has made the next generation durable.
     GenerationDurable(Generation),

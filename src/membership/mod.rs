@@ -11,6 +11,7 @@
 
 mod apply;
 mod event;
+mod figures;
 mod leases;
 #[cfg(test)]
 mod tests;
@@ -21,6 +22,7 @@ use std::time::Duration;
 use serde::{Deserialize, Serialize};
 
 pub use event::{Effect, Event, ExitPolicy, JoinInfo, Progress, Refusal, TrainingProgress};
+pub use figures::RankFigures;
 pub use leases::{LEASE, RENEW_INTERVAL, TICK};
 
 use crate::clock::Instant;

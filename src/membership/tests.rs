@@ -127,7 +127,7 @@ fn ms_2_stale_messages_are_fenced() {
     let stale = job.apply(Event::Loaded { member, generation: Generation(7) });
     assert!(matches!(stale, Err(Refusal::Stale { .. })));
     assert!(matches!(
-        job.apply(Event::Renew { member: "9-9".to_owned(), progress: Progress::default() }),
+        job.apply(Event::Renew { member: "9-9".to_owned(), progress: Box::default() }),
         Err(Refusal::Stale { .. })
     ));
     assert_eq!(job.membership.phase(), &Phase::Loading);
@@ -141,7 +141,7 @@ fn a_silent_rank_is_named_within_three_and_a_half_seconds() {
     while !job.membership.is_over() {
         job.now += TICK;
         if job.now.duration_since(start).as_millis().is_multiple_of(500) {
-            job.apply(Event::Renew { member: alive.clone(), progress: Progress::default() }).expect("current");
+            job.apply(Event::Renew { member: alive.clone(), progress: Box::default() }).expect("current");
         }
         job.apply(Event::Tick).expect("no refusal");
         assert!(job.now.duration_since(start) <= Duration::from_millis(3500));
@@ -206,7 +206,7 @@ fn ranks_that_never_join_are_named() {
     for _ in 0..700 {
         job.now += TICK;
         let member = job.id(1);
-        job.apply(Event::Renew { member, progress: Progress::default() }).expect("current");
+        job.apply(Event::Renew { member, progress: Box::default() }).expect("current");
         job.apply(Event::Tick).expect("no refusal");
     }
     let Phase::Aborted(cause) = job.membership.phase() else { unreachable!("70 s have passed") };

@@ -1,17 +1,23 @@
-//! What a training run writes for people and tools: lines, JSONL, TensorBoard event files.
+//! What a training run writes for people and tools: lines, JSONL, TensorBoard event files; and what Prometheus scrapes.
 //!
 //! Owns: the records of steps and evaluations, their text, and the files `metrics.jsonl`, `training_log.txt` and
-//! `events.out.tfevents.*`. Refuses to know: models, optimizers, where output goes on a terminal.
+//! `events.out.tfevents.*`; the table of metrics and their exposition. Refuses to know: models, optimizers, where output goes on a terminal.
 //!
 //! `ME-1`: after a resume from step S, `metrics.jsonl` and what TensorBoard shows read as one run: nothing of what came
 //! after S before the resume remains in them.
 
+mod calls;
 mod events;
+mod exposition;
+mod table;
 mod text;
 mod writer;
 
 use serde::{Deserialize, Serialize};
 
+pub use calls::Calls;
+pub use exposition::{CONTENT_TYPE, Samples, Value};
+pub use table::{METRICS, Metric, MetricId, MetricKind, reference};
 pub use text::{evaluation_line, line, sparkline};
 pub use writer::{LOG_FILE, METRICS_FILE, MetricsError, MetricsWriter};
 

@@ -203,7 +203,7 @@ impl Token {
     }
 
     /// As [`Self::knows`], after another look at the file if that is needed and was not had too often.
-    fn accepts(&self, found: &[u8]) -> Result<bool, TokenError> {
+    pub(crate) fn accepts(&self, found: &[u8]) -> Result<bool, TokenError> {
         if self.knows(found)? {
             return Ok(true);
         }

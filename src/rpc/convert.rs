@@ -2,8 +2,9 @@
 
 use weightcast_proto::v1;
 
-use crate::coordinator::{Coordinator, JobState, JobView, ModelView, Orders, View};
-use crate::membership::{Cause, Phase, Progress, TrainingProgress};
+use crate::coordinator::{Coordinator, JobState, JobView, ModelView, Orders, View, of_load, of_save};
+use crate::membership::{Cause, Phase, Progress, RankFigures, TrainingProgress};
+use crate::telemetry;
 use crate::types::as_u64;
 
 pub(super) fn header(coordinator: &Coordinator, view: &View) -> v1::ResponseHeader {
@@ -61,6 +62,7 @@ pub(super) fn watch(coordinator: &Coordinator, orders: &Orders) -> v1::WatchResp
         save_request: orders.save_request,
         unloaded: orders.unloaded.clone(),
         base_id: orders.base_id.clone(),
+        traceparent: traceparent(orders),
     }
 }
 
@@ -83,6 +85,17 @@ pub(super) fn job(job: &JobView) -> v1::JobSummary {
     }
 }
 
+/// The trace of what ranks are doing.
+fn traceparent(orders: &Orders) -> String {
+    let ids = match (orders.save(), &orders.phase) {
+        _ if !telemetry::is_on() => None,
+        (Some(save), _) => Some(of_save(&orders.job, orders.generation, save)),
+        (None, Phase::Loading) => Some(of_load(&orders.job, orders.generation)),
+        _ => None,
+    };
+    ids.map(|ids| ids.traceparent()).unwrap_or_default()
+}
+
 pub(super) fn progress(message: Option<v1::Progress>) -> Progress {
     message.map_or_else(Progress::default, |message| Progress {
         stage: message.stage,
@@ -99,8 +112,47 @@ pub(super) fn progress(message: Option<v1::Progress>) -> Progress {
             recent_losses: training.recent_losses,
             evaluation_loss: training.evaluation_loss,
             best_step: training.best_step,
+            step_s: training.step_seconds,
+            gradient_norm: training.gradient_norm,
+            tokens: training.tokens,
+        }),
+        figures: message.figures.map_or_else(RankFigures::default, |figures| RankFigures {
+            storage_bytes: figures.storage_bytes,
+            sent_bytes: figures.sent_bytes,
+            received_bytes: figures.received_bytes,
+            quantized_values: figures.quantized_values,
+            allocate_s: figures.allocate_seconds,
+            read_s: figures.read_seconds,
+            encode_s: figures.encode_seconds,
+            exchange_s: figures.exchange_seconds,
+            place_s: figures.place_seconds,
+            queue_used_chunks: figures.queue_used_chunks,
+            queue_capacity_chunks: figures.queue_capacity_chunks,
+            checkpoint_bytes: figures.checkpoint_bytes,
+            checkpoint_s: figures.checkpoint_seconds,
+            stall_s: figures.stall_seconds,
         }),
     })
+}
+
+/// What a rank sends.
+pub(crate) fn figures(figures: &RankFigures) -> v1::RankFigures {
+    v1::RankFigures {
+        storage_bytes: figures.storage_bytes,
+        sent_bytes: figures.sent_bytes,
+        received_bytes: figures.received_bytes,
+        quantized_values: figures.quantized_values,
+        allocate_seconds: figures.allocate_s,
+        read_seconds: figures.read_s,
+        encode_seconds: figures.encode_s,
+        exchange_seconds: figures.exchange_s,
+        place_seconds: figures.place_s,
+        queue_used_chunks: figures.queue_used_chunks,
+        queue_capacity_chunks: figures.queue_capacity_chunks,
+        checkpoint_bytes: figures.checkpoint_bytes,
+        checkpoint_seconds: figures.checkpoint_s,
+        stall_seconds: figures.stall_s,
+    }
 }
 
 /// Also what a rank sends.
@@ -115,6 +167,9 @@ pub(crate) fn training(progress: &TrainingProgress) -> v1::TrainingProgress {
         recent_losses: progress.recent_losses.clone(),
         evaluation_loss: progress.evaluation_loss,
         best_step: progress.best_step,
+        step_seconds: progress.step_s,
+        gradient_norm: progress.gradient_norm,
+        tokens: progress.tokens,
     }
 }
 

@@ -1,6 +1,7 @@
 //! gRPC: the only module that names proto types. It translates between the contract and the coordinator's events.
 //!
-//! Owns: servers and clients of `weightcast.v1`, tokens and roles, TLS, limits, the mapping of errors to status codes.
+//! Owns: servers and clients of `weightcast.v1`, health, reflection, tokens and roles, TLS, limits, the mapping of errors to
+//! status codes.
 //! Refuses to know: what a job does.
 
 mod accept;
@@ -8,9 +9,12 @@ mod auth;
 mod client;
 mod connect;
 mod convert;
+mod count;
 mod gate;
+mod health;
 mod job;
 mod limits;
+mod reflection;
 mod server;
 mod status;
 mod swarm;
@@ -19,7 +23,8 @@ mod worker;
 
 pub use auth::{Access, Token, TokenError};
 pub use client::{Clients, ConnectError, MEMBER, WATCH_SILENCE, describe_status, patient_request, request};
-pub(crate) use convert::training as training_progress;
+pub(crate) use convert::{figures as rank_figures, training as training_progress};
+pub use health::{Health, serve_health};
 pub use server::{Listener, Security, ServeError, serve};
 pub use status::{kind_of, status};
 pub use swarm::{SwarmError, SwarmTimes, swarm};

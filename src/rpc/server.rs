@@ -12,6 +12,7 @@ use weightcast_proto::v1::worker_service_server::WorkerServiceServer;
 
 use super::accept::{QUEUE, accept};
 use super::auth::Access;
+use super::count::CountCalls;
 use super::gate::{BySize, Gate};
 use super::job::JobServer;
 use super::limits::{
@@ -74,11 +75,18 @@ impl Listener {
     pub const fn address(&self) -> SocketAddr {
         self.address
     }
+
+    /// The port itself.
+    #[must_use]
+    pub fn into_inner(self) -> TcpListener {
+        self.listener
+    }
 }
 
 /// Serves the coordinator within `tasks`.
 pub fn serve(coordinator: Coordinator, security: Security, listener: Listener, tasks: &mut Tasks) {
     let Security { access, tls } = security;
+    let count = CountCalls(coordinator.calls().clone());
     let worker = WorkerServiceServer::new(WorkerServer { coordinator: coordinator.clone() });
     let worker = BySize::new(
         worker.clone().max_decoding_message_size(MAX_MESSAGE_BYTES),
@@ -92,7 +100,9 @@ pub fn serve(coordinator: Coordinator, security: Security, listener: Listener, t
         .http2_max_header_list_size(MAX_HEADER_BYTES)
         .http2_max_pending_accept_reset_streams(Some(MAX_PENDING_RESETS))
         .max_concurrent_streams(MAX_STREAMS)
+        .layer(count)
         .add_service(Gate::new(worker, access.clone()))
+        .add_service(Gate::new(super::reflection::of_contract(), access.clone()))
         .add_service(Gate::new(job, access));
     let (served, arrivals) = mpsc::channel(QUEUE);
     tasks.spawn("rpc listener", accept(listener.listener, tls, served));

@@ -114,7 +114,7 @@ impl WorkerService for WorkerServer {
         let renew = request.into_inner();
         validate::id("member_id", &renew.member_id)?;
         validate::progress(renew.progress.as_ref())?;
-        let progress = convert::progress(renew.progress);
+        let progress = Box::new(convert::progress(renew.progress));
         self.apply(Event::Renew { member: renew.member_id, progress }).await?;
         Ok(Response::new(v1::RenewResponse { header: self.header() }))
     }

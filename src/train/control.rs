@@ -26,6 +26,8 @@ pub struct Grant {
     pub root: PathBuf,
     /// The attempt's directory in it.
     pub directory: String,
+    /// The checkpoint's trace; empty when nobody traces.
+    pub traceparent: String,
 }
 
 /// What the training tells.
@@ -61,6 +63,20 @@ struct Shared {
     saves: Mutex<Saves>,
     changed: Condvar,
     progress: Mutex<Option<TrainingProgress>>,
+    checkpoint_bytes: AtomicU64,
+    checkpoint_ns: AtomicU64,
+    stall_ns: AtomicU64,
+}
+
+/// What checkpoints took since the process started.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
+pub struct CheckpointTally {
+    /// Bytes written.
+    pub bytes: u64,
+    /// The time that writing took, beside training or not.
+    pub writing: Duration,
+    /// The time that training stood still.
+    pub stalled: Duration,
 }
 
 #[derive(Debug, Default)]
@@ -124,6 +140,29 @@ impl Control {
         *self.shared.progress.lock().unwrap_or_else(PoisonError::into_inner) = Some(progress);
     }
 
+    /// A shard was written.
+    pub(crate) fn wrote(&self, receipt: &ShardReceipt, took: Duration) {
+        let bytes = receipt.file.as_ref().map_or(0, |file| file.bytes);
+        self.shared.checkpoint_bytes.fetch_add(bytes, Ordering::Relaxed);
+        self.shared.checkpoint_ns.fetch_add(nanoseconds(took), Ordering::Relaxed);
+    }
+
+    /// Training stood still for a checkpoint.
+    pub(super) fn stalled(&self, time: Duration) {
+        self.shared.stall_ns.fetch_add(nanoseconds(time), Ordering::Relaxed);
+    }
+
+    /// What checkpoints took.
+    #[must_use]
+    pub fn tally(&self) -> CheckpointTally {
+        let read = |cell: &AtomicU64| cell.load(Ordering::Relaxed);
+        CheckpointTally {
+            bytes: read(&self.shared.checkpoint_bytes),
+            writing: Duration::from_nanos(read(&self.shared.checkpoint_ns)),
+            stalled: Duration::from_nanos(read(&self.shared.stall_ns)),
+        }
+    }
+
     /// Waits until `step` is committed, or until there is a grant for it that is not `done`. None when cancelled.
     pub(super) fn wait_for(&self, step: Step, done: Option<&Grant>) -> Option<Next> {
         let mut saves = self.lock();
@@ -145,6 +184,10 @@ impl Control {
     fn lock(&self) -> MutexGuard<'_, Saves> {
         self.shared.saves.lock().unwrap_or_else(PoisonError::into_inner)
     }
+}
+
+fn nanoseconds(time: Duration) -> u64 {
+    u64::try_from(time.as_nanos()).unwrap_or(u64::MAX)
 }
 
 /// What a snapshot waits for.

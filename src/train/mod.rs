@@ -33,7 +33,7 @@ mod table;
 pub use config::{
     CheckpointRecipe, EvaluationRecipe, LayerSet, LoraRecipe, Method, OptimizerRecipe, Recipe, Targets, TrainedLayers,
 };
-pub use control::{Control, Grant, News};
+pub use control::{CheckpointTally, Control, Grant, News};
 pub use error::TrainError;
 pub(crate) use probe::{Gradients, Probe, Wanted};
 pub use retention::{Policy, keeps};

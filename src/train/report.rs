@@ -98,6 +98,9 @@ impl Reporter {
             tokens_per_second,
             remaining_seconds,
             recent_losses: self.recent.iter().copied().collect(),
+            step_s: figures.seconds,
+            gradient_norm: figures.gradient_norm,
+            tokens: self.progress.tokens + figures.tokens,
             ..std::mem::take(&mut self.progress)
         };
         self.control.set_progress(self.progress.clone());

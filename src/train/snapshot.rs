@@ -15,6 +15,7 @@ use crate::plan::LoadPlan;
 use crate::state::StateDict;
 use crate::store::open_root;
 use crate::tasks::spawn_thread;
+use crate::telemetry::TraceSpan;
 use crate::types::Step;
 
 use super::control::{Control, News, Next};
@@ -114,17 +115,23 @@ fn write(plan: &LoadPlan, snapshot: &Snapshot, control: &Control, tell: &Tell) -
             None => return false,
         };
         crate::faults::point("train.write");
+        let started = crate::clock::now();
+        let mut span = TraceSpan::child(&grant.traceparent, "write shard");
         let written = open_root(&grant.root).map_err(CheckpointError::from).and_then(|root| {
             let (state, store, directory) = (&snapshot.state, root.store.as_ref(), grant.directory.as_str());
             write_shard(&WriteRequest { plan, state, store, directory, step }, &|_| {})
         });
         match written {
             Ok(mut receipt) => {
+                control.wrote(&receipt, started.elapsed());
+                span.count("weightcast.rank", u64::from(receipt.rank.0));
+                drop(span);
                 receipt.training.clone_from(&snapshot.training);
                 done = Some(grant.clone());
                 tell(Ok(News::Saved { grant, receipt: Box::new(receipt) }));
             }
             Err(error) => {
+                span.fail(&crate::error::chain(&error));
                 tell(Err(error));
                 return false;
             }

@@ -71,7 +71,10 @@ pub(crate) fn stalls(
         };
         let (attempt, attempt_directory) = begin(&store, step).map_err(failed)?;
         let root = directory.to_owned();
-        control.saves(Some(Grant { step, attempt, root, directory: attempt_directory.clone() }), None);
+        control.saves(
+            Some(Grant { step, attempt, root, directory: attempt_directory.clone(), traceparent: String::new() }),
+            None,
+        );
         while !news.recv().map_err(|_| TrainError::WriterEnded)?.map_err(failed)? {}
         control.saves(None, Some(step));
         writer.finish()?;

@@ -289,7 +289,9 @@ impl Run<'_, '_> {
         self.answered = answers;
         self.last_save = crate::clock::now();
         self.saved = Some(self.step);
-        let stall_ms = self.last_save.saturating_duration_since(started).as_secs_f64() * 1e3;
+        let stall = self.last_save.saturating_duration_since(started);
+        self.control.stalled(stall);
+        let stall_ms = stall.as_secs_f64() * 1e3;
         tracing::debug!(step = self.step, stall_ms, "snapshot taken");
         Ok(())
     }

@@ -7,6 +7,7 @@ use std::sync::{Arc, Mutex, PoisonError, mpsc};
 
 use tokio::sync::mpsc as async_mpsc;
 
+use super::figures::Figures;
 use super::models::{Loaded, Places, load_models};
 use super::plane::{Meeting, Offer, Plane};
 use super::proc_stat::peak_resident_bytes;
@@ -20,6 +21,7 @@ use crate::manifest::ShardReceipt;
 use crate::plan::{LoadPlan, Strategy};
 use crate::state::StateDict;
 use crate::store::{StoreError, open_root};
+use crate::telemetry::TraceSpan;
 use crate::train::{Control, Grant, News, TrainError, TrainRequest, train};
 use crate::types::{Attempt, DeviceWish, Rank, Step};
 
@@ -43,6 +45,8 @@ pub(super) struct SaveCommand {
     pub(super) attempt: Attempt,
     pub(super) root: PathBuf,
     pub(super) directory: String,
+    /// The checkpoint's trace; empty when nobody traces.
+    pub(super) traceparent: String,
 }
 
 /// Everything that a load needs.
@@ -54,6 +58,8 @@ pub(super) struct LoadCommand {
     /// What tells the base's files from others; empty when nothing does.
     pub(super) base_id: String,
     pub(super) meeting: Meeting,
+    /// The load's trace; empty when nobody traces.
+    pub(super) traceparent: String,
 }
 
 /// What the data thread answers.
@@ -99,6 +105,7 @@ pub(super) struct Watched {
     pub(super) total_bytes: Arc<AtomicU64>,
     pub(super) cancel: Cancel,
     pub(super) control: Control,
+    pub(super) figures: Figures,
     abort: Arc<Mutex<Option<AbortHandle>>>,
 }
 
@@ -106,7 +113,8 @@ impl Default for Watched {
     fn default() -> Self {
         let cancel = Cancel::default();
         let control = Control::new(cancel.clone());
-        Self { done_bytes: Arc::default(), total_bytes: Arc::default(), cancel, control, abort: Arc::default() }
+        let (done_bytes, total_bytes, figures) = (Arc::default(), Arc::default(), Figures::default());
+        Self { done_bytes, total_bytes, cancel, control, figures, abort: Arc::default() }
     }
 }
 
@@ -180,8 +188,15 @@ impl DataThread {
     pub(super) fn run(mut self, commands: &mpsc::Receiver<Command>, outcomes: &async_mpsc::Sender<Outcome>) {
         while let Ok(command) = commands.recv() {
             let outcome = match command {
-                Command::Load(command) => self.load(*command).unwrap_or_else(Outcome::Failed),
-                Command::Save(command) => self.save(command).unwrap_or_else(Outcome::Failed),
+                Command::Load(command) => {
+                    let mut span = TraceSpan::child(&command.traceparent, "load shard");
+                    span.count("weightcast.rank", u64::from(command.meeting.group.rank.0));
+                    traced(span, self.load(*command))
+                }
+                Command::Save(command) => {
+                    let span = TraceSpan::child(&command.traceparent, "write shard");
+                    traced(span, self.save(command))
+                }
                 Command::Train(root) => self.train(root, outcomes).unwrap_or_else(Outcome::Failed),
                 Command::Unload(name) => {
                     self.unload(&name);
@@ -195,7 +210,7 @@ impl DataThread {
     }
 
     fn load(&mut self, command: LoadCommand) -> Result<Outcome, Failure> {
-        let LoadCommand { plan, root, base_id, meeting } = command;
+        let LoadCommand { plan, root, base_id, meeting, .. } = command;
         let group = meeting.group;
         let device = placed(self.offer.device, &plan, group.rank)?;
         // The base of the job before stays where it is; another one makes room first.
@@ -248,6 +263,7 @@ impl DataThread {
         let plane = Plane::choose(plan.device, device, &self.offer, &meeting)?;
         let (backend, comm_device) = (plane.name(), plane.device());
         let (comm, counters) = plane.connect(meeting, port, &self.watched)?;
+        self.watched.figures.connection(counters.clone());
         crate::faults::point("worker.connected");
         Ok(Some(Kept { comm, counters, device: comm_device, backend }))
     }
@@ -324,13 +340,38 @@ impl DataThread {
         let request =
             WriteRequest { plan, state, store: store.as_ref(), directory: &command.directory, step: command.step };
         let progress = |done| self.watched.done_bytes.store(done, Ordering::Relaxed);
+        let started = crate::clock::now();
         let receipt = write_shard(&request, &progress).map_err(|error: CheckpointError| Failure {
             message: chain(&error),
             exit_code: error.kind().exit_code(),
             blame: Blame::Own,
         })?;
+        self.watched.control.wrote(&receipt, started.elapsed());
         Ok(Outcome::Saved { command, receipt: Box::new(receipt) })
     }
+}
+
+/// Says in a span how its work ended, and ends it.
+fn traced(mut span: TraceSpan, result: Result<Outcome, Failure>) -> Outcome {
+    let outcome = result.unwrap_or_else(Outcome::Failed);
+    match &outcome {
+        Outcome::Loaded(report) => {
+            span.count("weightcast.storage_bytes", report.storage_bytes);
+            span.count("weightcast.sent_bytes", report.sent_bytes);
+            span.count("weightcast.received_bytes", report.received_bytes);
+            span.count("weightcast.weights_bytes", report.weights_bytes);
+            span.set("weightcast.read_seconds", report.stages.read_s);
+            span.set("weightcast.encode_seconds", report.stages.encode_s);
+            span.set("weightcast.exchange_seconds", report.stages.exchange_s);
+        }
+        Outcome::Saved { receipt, .. } => {
+            span.count("weightcast.rank", u64::from(receipt.rank.0));
+            span.count("weightcast.written_bytes", receipt.file.as_ref().map_or(0, |file| file.bytes));
+        }
+        Outcome::Failed(failure) => span.fail(&failure.message),
+        Outcome::SnapshotTaken { .. } | Outcome::Trained => {}
+    }
+    outcome
 }
 
 /// Where the plan puts the weights of a rank that has `found`.
@@ -353,8 +394,8 @@ fn placed(found: Device, plan: &LoadPlan, rank: Rank) -> Result<Device, Failure>
 fn outcome_of(told: Result<News, CheckpointError>) -> Outcome {
     match told {
         Ok(News::SnapshotTaken { step, answers }) => Outcome::SnapshotTaken { step, answers },
-        Ok(News::Saved { grant: Grant { step, attempt, root, directory }, receipt }) => {
-            Outcome::Saved { command: SaveCommand { step, attempt, root, directory }, receipt }
+        Ok(News::Saved { grant: Grant { step, attempt, root, directory, traceparent }, receipt }) => {
+            Outcome::Saved { command: SaveCommand { step, attempt, root, directory, traceparent }, receipt }
         }
         Err(error) => {
             Outcome::Failed(Failure { message: chain(&error), exit_code: error.kind().exit_code(), blame: Blame::Own })

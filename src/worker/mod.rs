@@ -9,6 +9,7 @@
 mod calls;
 mod data;
 mod error;
+mod figures;
 mod models;
 mod plane;
 mod proc_stat;

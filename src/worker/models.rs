@@ -72,7 +72,9 @@ fn load_one(
     let files = open_root(places.root.unwrap_or_else(|| Path::new(&plan.root)))?;
     let cache = plan.cache.as_ref().map(|cache| LocalStore::new(&cache.root));
     places.watched.expect(plan.kept_bytes(places.rank));
+    let reads = [Some(files.read.clone()), cache.as_ref().map(LocalStore::read_counter)];
     let options = LoadOptions {
+        meters: places.watched.figures.load(reads.into_iter().flatten()),
         device: places.device,
         comm_device: places.comm_device,
         cache: cache.as_ref().map(|cache| cache as &dyn Store),

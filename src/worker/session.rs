@@ -22,7 +22,7 @@ use crate::comm::Group;
 use crate::comm::tcp::TcpPort;
 use crate::error::{Kind, chain};
 use crate::plan::{LoadPlan, PLAN_VERSION};
-use crate::rpc::{Clients, describe_status, kind_of, request, training_progress};
+use crate::rpc::{Clients, describe_status, kind_of, rank_figures, request, training_progress};
 use crate::tasks::{Tasks, spawn_thread, survive_file_size_limit};
 use crate::train::Grant;
 use crate::types::{Attempt, Generation, Step};
@@ -151,6 +151,7 @@ impl Session {
                     done_bytes: watched.done_bytes.load(Ordering::Relaxed),
                     total_bytes: watched.total_bytes.load(Ordering::Relaxed),
                     peak_resident_bytes: peak_resident_bytes(),
+                    figures: Some(rank_figures(&watched.figures.now(watched.control.tally()))),
                     training: watched.control.progress().filter(|_| config.rank.0 == 0).as_ref().map(training_progress),
                 };
                 let member_id = member.borrow().clone();
@@ -263,6 +264,7 @@ impl Session {
                         attempt: Attempt(save.attempt),
                         root: self.checkpoint_root(snapshot).unwrap_or_default(),
                         directory: save.directory.clone(),
+                        traceparent: snapshot.traceparent.clone(),
                     };
                     tell(commands, Command::Save(command))?;
                 }
@@ -274,6 +276,7 @@ impl Session {
                     attempt: Attempt(save.attempt),
                     root,
                     directory: save.directory.clone(),
+                    traceparent: snapshot.traceparent.clone(),
                 });
                 if snapshot.stop {
                     self.watched.control.stop();
@@ -327,7 +330,13 @@ impl Session {
         let root = self.config.checkpoint_root.as_ref().and_then(|root| stored_in(root, &plan));
         let tls = self.config.tls.clone();
         let meeting = Meeting { group, generation, secret, peers, tls, nccl_unique_id };
-        Ok(LoadCommand { plan, root, base_id: snapshot.base_id.clone(), meeting })
+        Ok(LoadCommand {
+            plan,
+            root,
+            base_id: snapshot.base_id.clone(),
+            meeting,
+            traceparent: snapshot.traceparent.clone(),
+        })
     }
 
     /// Gets the plan and checks that it is the one that all ranks have.

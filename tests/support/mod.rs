@@ -2,6 +2,7 @@
 //! a limit, and a small seeded generator. Refuses to know: what any test checks.
 
 pub(crate) mod certificates;
+pub(crate) mod http;
 pub(crate) mod model;
 pub(crate) mod refusal;
 

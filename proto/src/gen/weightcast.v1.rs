@@ -37,6 +37,53 @@ pub struct TrainingProgress {
     pub evaluation_loss: ::core::option::Option<f32>,
     #[prost(uint64, optional, tag = "9")]
     pub best_step: ::core::option::Option<u64>,
+    /// Of the last step: its duration, and the norm of all gradients before clipping.
+    #[prost(double, tag = "10")]
+    pub step_seconds: f64,
+    #[prost(double, tag = "11")]
+    pub gradient_norm: f64,
+    /// Tokens that went through the model since the processes started.
+    #[prost(uint64, tag = "12")]
+    pub tokens: u64,
+}
+/// What a rank's process has done since it started.
+#[derive(Clone, Copy, PartialEq, ::prost::Message)]
+pub struct RankFigures {
+    /// Bytes that left storage for loads.
+    #[prost(uint64, tag = "1")]
+    pub storage_bytes: u64,
+    /// Payload bytes sent to other ranks, and received.
+    #[prost(uint64, tag = "2")]
+    pub sent_bytes: u64,
+    #[prost(uint64, tag = "3")]
+    pub received_bytes: u64,
+    /// Values that were quantized.
+    #[prost(uint64, tag = "4")]
+    pub quantized_values: u64,
+    /// Seconds in the stages of loads, summed over their threads.
+    #[prost(double, tag = "5")]
+    pub allocate_seconds: f64,
+    #[prost(double, tag = "6")]
+    pub read_seconds: f64,
+    #[prost(double, tag = "7")]
+    pub encode_seconds: f64,
+    #[prost(double, tag = "8")]
+    pub exchange_seconds: f64,
+    #[prost(double, tag = "9")]
+    pub place_seconds: f64,
+    /// Chunks in the queue between a reader's threads and the one that sends, now, and room for them.
+    #[prost(uint64, tag = "10")]
+    pub queue_used_chunks: u64,
+    #[prost(uint64, tag = "11")]
+    pub queue_capacity_chunks: u64,
+    /// Bytes written to checkpoints, and the seconds that it took.
+    #[prost(uint64, tag = "12")]
+    pub checkpoint_bytes: u64,
+    #[prost(double, tag = "13")]
+    pub checkpoint_seconds: f64,
+    /// Seconds that training stood still for checkpoints.
+    #[prost(double, tag = "14")]
+    pub stall_seconds: f64,
 }
 /// Why a generation was cancelled.
 #[derive(Clone, PartialEq, Eq, Hash, ::prost::Message)]
@@ -190,9 +237,12 @@ pub struct WatchResponse {
     /// In PHASE_HOLDING: models beside the job's own that ranks are to let go.
     #[prost(string, repeated, tag = "13")]
     pub unloaded: ::prost::alloc::vec::Vec<::prost::alloc::string::String>,
+    /// The W3C trace context of the load or of the checkpoint that is at hand; empty when there is none or nobody traces.
+    #[prost(string, tag = "14")]
+    pub traceparent: ::prost::alloc::string::String,
     /// Tells the versions of the base's files apart: ranks that hold the base of the job before keep it when it is the same. Empty
     /// when they cannot be told apart.
-    #[prost(string, tag = "20")]
+    #[prost(string, tag = "15")]
     pub base_id: ::prost::alloc::string::String,
 }
 /// One try at writing a checkpoint.
@@ -229,6 +279,8 @@ pub struct Progress {
     /// Rank 0, while it trains.
     #[prost(message, optional, tag = "5")]
     pub training: ::core::option::Option<TrainingProgress>,
+    #[prost(message, optional, tag = "6")]
+    pub figures: ::core::option::Option<RankFigures>,
 }
 #[derive(Clone, PartialEq, Eq, Hash, ::prost::Message)]
 pub struct RenewResponse {
