@@ -190,7 +190,9 @@ impl Cluster {
             for (file, content) in map.expect(name)["data"].as_object().expect("files") {
                 // Paths of a job file stand in quotes.
                 let words = text(content).split('"').map(|word| {
-                    let found = mounts.iter().find_map(|(path, directory)| Some((directory, word.strip_prefix(path.as_str())?)));
+                    let found = mounts
+                        .iter()
+                        .find_map(|(path, directory)| Some((directory, word.strip_prefix(path.as_str())?)));
                     found.map_or_else(|| word.to_owned(), |(directory, rest)| format!("{directory}{rest}"))
                 });
                 let localized = words.collect::<Vec<_>>().join("\"");
