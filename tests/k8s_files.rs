@@ -13,7 +13,7 @@ use std::collections::BTreeSet;
 use std::path::{Path, PathBuf};
 
 use clap::CommandFactory as _;
-use k8s_support::{PENDING, ROOT, example, named, objects, of_kind, rendered};
+use k8s_support::{ROOT, example, named, objects, of_kind, rendered};
 use serde_json::Value;
 use support::Place;
 use weightcast::cli::Arguments;
@@ -240,8 +240,7 @@ fn long_flags(subcommand: &str) -> BTreeSet<String> {
 /// K8-2 for files that people write: patches of components and overlays, and the examples of schedulers.
 #[test]
 fn patches_and_examples_use_flags_that_exist() {
-    let mut known: BTreeSet<String> = long_flags("coordinator").union(&long_flags("launch")).cloned().collect();
-    known.extend(PENDING.map(str::to_owned));
+    let known: BTreeSet<String> = long_flags("coordinator").union(&long_flags("launch")).cloned().collect();
     let mut seen = 0;
     for (path, documents) in checked_in() {
         for text in documents.iter().flat_map(all_texts).filter(|text| text.starts_with("--")) {

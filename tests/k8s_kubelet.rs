@@ -11,11 +11,9 @@ mod support;
 use std::collections::{BTreeMap, BTreeSet};
 use std::time::{Duration, Instant};
 
-use clap::CommandFactory as _;
 use rustix::process::Signal;
 use serde_json::Value;
 use support::{Job, Place, signal};
-use weightcast::cli::Arguments;
 use weightcast::k8s::parse;
 
 const ROOT: &str = env!("CARGO_MANIFEST_DIR");
@@ -167,7 +165,7 @@ impl Cluster {
             all.fold(text(arg).to_owned(), |arg, (name, value)| arg.replace(&format!("$({name})"), value))
         };
         let args = container["args"].as_array().expect("arguments").iter().map(expanded);
-        let args: Vec<String> = known(args.collect()).iter().map(|arg| localized(arg)).collect();
+        let args: Vec<String> = args.map(|arg| localized(&arg)).collect();
         let mut command = self.place.command(&args.iter().map(String::as_str).collect::<Vec<_>>());
         command.envs(variables);
         Pod { job: self.place.start_command(command), evicted: false, asked_to_end: None }
@@ -360,20 +358,6 @@ enum Verdict {
     Succeeded,
     Replaced,
     JobFailed(&'static str),
-}
-
-/// Arguments without flags that the program does not take yet (`PENDING` in `tests/k8s.rs`, which knows which these may be).
-fn known(args: Vec<String>) -> Vec<String> {
-    let command = Arguments::command();
-    let flags: BTreeSet<String> = command
-        .find_subcommand(&args[0])
-        .expect("a command")
-        .get_arguments()
-        .filter_map(|argument| argument.get_long().map(str::to_owned))
-        .collect();
-    let is_known =
-        |arg: &String| arg.strip_prefix("--").is_none_or(|arg| flags.contains(arg.split('=').next().unwrap_or(arg)));
-    args.into_iter().filter(is_known).collect()
 }
 
 const LOAD: &str = "[model]\nsource = \"/data/tiny-llama\"\n[load]\nplacement = \"shard\"\n[quantization]\nformat = \"nf4\"\n\

@@ -197,6 +197,28 @@ fn the_reference_is_made_from_the_table() {
     );
 }
 
+/// Rules of alerts name metrics that exist, and the operator's manual says what to do about each.
+#[test]
+fn alerts_name_what_exists_and_are_explained() {
+    let read = |path: &str| std::fs::read_to_string(format!("{}/{path}", env!("CARGO_MANIFEST_DIR"))).expect("a file");
+    let (rules, manual) = (read("k8s/monitoring/alerts.yaml"), read("docs/OPERATIONS.md"));
+    let names: BTreeSet<String> = METRICS.iter().map(|(_, metric)| metric.name()).collect();
+    let mut alerts = 0;
+    for line in rules.lines() {
+        if let Some(name) = line.trim().strip_prefix("- alert: ") {
+            assert!(manual.contains(&format!("| {name} |")), "nobody says what to do about {name}");
+            alerts += 1;
+        } else if let Some(query) = line.trim().strip_prefix("expr: ") {
+            let words = query.split(|c: char| !(c.is_ascii_alphanumeric() || c == '_'));
+            let used: Vec<&str> = words.filter(|word| word.starts_with("weightcast_")).collect();
+            assert!(!used.is_empty(), "{query}");
+            assert_eq!(used.iter().find(|word| !names.contains(**word)), None, "{query}");
+        }
+    }
+    assert_eq!(manual.lines().filter(|line| line.starts_with("| Weightcast")).count(), alerts);
+    assert!(alerts > 5, "{alerts}");
+}
+
 /// Every query of the dashboard names metrics that exist, and every metric stands in one.
 #[test]
 fn the_dashboard_names_what_exists() {

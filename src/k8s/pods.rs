@@ -28,8 +28,6 @@ const FAREWELL_SECONDS: u64 = 10;
 /// A coordinator plans before it is ready. It may have to fetch a model from a hub first.
 const START_SECONDS: i32 = 120;
 const FETCH_SECONDS: i32 = 7200;
-/// Ranks wait as long for each other.
-const JOIN_SECONDS: i32 = 600;
 
 const JOB_DIRECTORY: &str = "/etc/weightcast/job";
 const JOB_FILE: &str = "job.toml";
@@ -88,28 +86,22 @@ pub(super) fn coordinator(settings: &Settings) -> PodTemplateSpec {
     PodTemplateSpec { metadata: Some(pod_metadata(settings, "coordinator", None)), spec: Some(spec) }
 }
 
-/// A node's pod.
+/// A node's pod. Nobody probes it: a launcher lives as long as its ranks, and whether those live the coordinator knows from their
+/// leases, sooner than a kubelet would.
 pub(super) fn worker(settings: &Settings) -> PodTemplateSpec {
     let sizes = &settings.sizes;
-    let mut listed = vec![("health", HEALTH_PORT), ("http", HTTP_PORT)];
-    if settings.nodes > 1 {
-        listed.push(("rendezvous", RENDEZVOUS_PORT));
-    }
     let container = Container {
         name: worker_container(settings.flavor).to_owned(),
         image: Some(settings.image.clone()),
         command: Some(vec!["weightcast".to_owned()]),
         args: Some(worker_args(settings)),
         env: Some(worker_environment(settings)),
-        ports: Some(ports(&listed)),
+        ports: (settings.nodes > 1).then(|| ports(&[("rendezvous", RENDEZVOUS_PORT)])),
         lifecycle: Some(Lifecycle {
             // Whoever still sends to this pod hears of its end first.
             pre_stop: Some(LifecycleHandler { sleep: Some(SleepAction { seconds: 1 }), ..LifecycleHandler::default() }),
             ..Lifecycle::default()
         }),
-        startup_probe: Some(probe("startup", 2, JOIN_SECONDS / 2)),
-        readiness_probe: Some(probe("readiness", 5, 3)),
-        liveness_probe: Some(probe("liveness", 10, 6)),
         resources: Some(worker_resources(settings)),
         volume_mounts: Some(mounts(settings, &[("shm", "/dev/shm")])),
         ..container()
@@ -206,7 +198,6 @@ fn worker_args(settings: &Settings) -> Vec<String> {
     args.push(format!("--coordinator={coordinator}:{GRPC_PORT}"));
     args.push(format!("--token-file={TOKEN_DIRECTORY}/token"));
     args.extend(device(settings));
-    args.extend(watched());
     if settings.tls {
         args.extend(tls());
     }

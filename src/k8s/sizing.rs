@@ -8,7 +8,7 @@
 const MARGIN_PERCENT: u64 = 10;
 /// The launcher and its nannies.
 const LAUNCHER_BYTES: u64 = 64 << 20;
-/// A coordinator holds the job's plan and talks; it held less than a tenth of this with the largest model tested.
+/// A coordinator holds the job's plan and talks; docs/MEASUREMENTS.md has what it takes with many ranks.
 const COORDINATOR_BYTES: u64 = 256 << 20;
 /// What a coordinator may take.
 const COORDINATOR_LIMIT_BYTES: u64 = 1 << 30;

@@ -247,7 +247,8 @@ impl Membership {
     #[must_use]
     pub fn is_training(&self) -> bool {
         let all_loaded = self.members.iter().all(|member| member.as_ref().is_some_and(|member| member.loaded));
-        self.settings.after_load.train && all_loaded && !self.is_over()
+        let holds = matches!(self.phase, Phase::Holding | Phase::Opening);
+        self.settings.after_load.train && all_loaded && !holds && !self.is_over()
     }
 
     /// The newest request for a checkpoint of a training job; 0 for none.

@@ -397,6 +397,7 @@ fn a_stop_leaves_the_ranks() {
     let trained = Event::Trained { member: job.id(0), generation: Generation(8) };
     job.apply(trained).expect("a member");
     assert_eq!(job.membership.phase(), &Phase::Holding);
+    assert!(!job.membership.is_training());
     job.apply(Event::NextJob { after_load: RESIDENT, resumed: false }).expect("it holds");
     assert!(!job.membership.is_stopping());
 }

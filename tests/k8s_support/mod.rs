@@ -8,9 +8,6 @@ use crate::support::{Ended, Place};
 
 pub(crate) const ROOT: &str = env!("CARGO_MANIFEST_DIR");
 
-/// Flags that manifests have and the program does not take yet.
-pub(crate) const PENDING: [&str; 5] = ["health-listen", "http-listen", "tls-cert", "tls-key", "tls-ca"];
-
 /// What `k8s/base` is rendered with.
 pub(crate) const BASE: [(&str, &str); 5] = [
     ("--namespace", "weightcast"),
@@ -78,6 +75,3 @@ pub(crate) fn everything(place: &Place) -> Vec<Value> {
     objects.extend(rendered(place, &["--gpus-per-node", "1", "--ranks-per-node", "2", "--nodes", "1"]));
     objects
 }
-
-/// Services of `grpc.health.v1` that probes ask for and the program does not serve yet.
-pub(crate) const PENDING_SERVICES: [&str; 3] = ["startup", "readiness", "liveness"];
