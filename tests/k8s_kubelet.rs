@@ -443,9 +443,8 @@ fn a_drained_node_costs_no_step() {
         }
     });
     assert_eq!((outcome, cluster.restarts), (Outcome::Succeeded, 1), "{:?} {}", cluster.codes, cluster.said);
-    let preempted: Vec<u32> =
-        cluster.codes.iter().filter(|(_, code)| *code == Some(75)).map(|(index, _)| *index).collect();
-    assert!(preempted.contains(&1), "{:?}", cluster.codes);
+    // The first pod that ends has the set started again; how the other one ends is then of no interest.
+    assert_eq!(cluster.codes.first().expect("one ended").1, Some(75), "{:?}", cluster.codes);
     assert!(cluster.longest_end < Duration::from_secs(21), "{:?}: the launcher's patience", cluster.longest_end);
     expect_resumed(&cluster, &drained_after);
     assert_eq!(cluster.checkpoints().last().map(String::as_str), Some("step-000000012"));

@@ -117,7 +117,6 @@ fn raise_file_limit() {
     }
 }
 
-#[expect(clippy::disallowed_methods, reason = "facts of a process, not files of data")]
 fn proc_text(id: u32, name: &str) -> String {
     std::fs::read_to_string(format!("/proc/{id}/{name}")).unwrap_or_default()
 }

@@ -254,7 +254,7 @@ pub struct PlanFlags {
 impl PlanFlags {
     /// The number of ranks: as the flag says, else as the job file does.
     pub(super) fn ranks(&self, config: &JobConfig) -> u32 {
-        self.ranks.or(config.job.ranks_per_node.map(std::num::NonZeroU32::get)).unwrap_or(1)
+        self.ranks.or_else(|| config.job.ranks_per_node.map(std::num::NonZeroU32::get)).unwrap_or(1)
     }
 }
 

@@ -48,7 +48,6 @@ fn request_id() -> String {
 
 pub(super) fn submit(flags: &SubmitFlags) -> u8 {
     let path = absolute(&flags.job_file);
-    #[expect(clippy::disallowed_methods, reason = "the job file is configuration, not data")]
     let text = std::fs::read_to_string(&path);
     let text = match text {
         Ok(text) => text,

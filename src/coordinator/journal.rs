@@ -127,7 +127,7 @@ impl Journal {
         let last = Generation(numbers(&names, "generation-", "").max().unwrap_or(0));
         let unclosed =
             numbers(&names, "job-", ".json").max().filter(|job| !names.contains(&format!("closed-{job:09}")));
-        let job = Arc::new(AtomicU64::new(unclosed.unwrap_or(last.next().0)));
+        let job = Arc::new(AtomicU64::new(unclosed.unwrap_or_else(|| last.next().0)));
         Ok(Self { store, last, job })
     }
 

@@ -351,7 +351,6 @@ impl Coordinator {
     }
 
     /// The bytes of the plan in parts of at most `bytes`.
-    #[must_use]
     pub fn plan_parts(&self, bytes: usize) -> impl Iterator<Item = Vec<u8>> + Send + use<> {
         let current = self.current();
         let count = current.plan_bytes.len().div_ceil(bytes);
