@@ -100,8 +100,12 @@ fn a_base_that_is_there_is_not_read_again() {
     assert_eq!(first["last_checkpoint"], "step-000000005");
     assert_eq!(losses(&place, "first"), losses(&place, "alone"));
 
+    // Of the same run there is nothing left to do; longer, it goes on.
+    let longer = submit(&place, &training(&place, "first", &model, ("nf4", 7)));
+    assert_eq!(longer["last_checkpoint"], "step-000000007", "{longer}");
+    assert_eq!(losses(&place, "first").len(), 7);
     let second = submit(&place, &training(&place, "second", &model, ("nf4", 5)));
-    assert_eq!((&second["number"], &second["storage_bytes"]), (&Value::from(2), &Value::from(0)), "{second}");
+    assert_eq!((&second["number"], &second["storage_bytes"]), (&Value::from(3), &Value::from(0)), "{second}");
     assert_eq!(losses(&place, "second"), losses(&place, "alone"));
 
     let shard = std::path::Path::new(&model).join("model-00002-of-00003.safetensors");
@@ -115,7 +119,7 @@ fn a_base_that_is_there_is_not_read_again() {
     assert_eq!(other["storage_bytes"], 5_510_016, "{other}");
     assert_ne!(losses(&place, "other"), losses(&place, "alone"));
 
-    assert_eq!(states(&place), ["done"; 5]);
+    assert_eq!(states(&place), ["done"; 6]);
     assert_eq!([0, 1].map(|rank| place.rank_process(rank).expect("a rank")), ranks, "no rank was started again");
     drain(&place, daemon);
 }
@@ -147,6 +151,9 @@ fn jobs_are_refused_and_cancelled_without_harm() {
     assert_eq!((endless.code, endless.stdout.trim()), (Some(0), "1"), "{}", endless.stderr);
     let waiting = place.run(&["submit", &training(&place, "waiting", MODEL, ("nf4", 3))]);
     assert_eq!((waiting.code, waiting.stdout.trim()), (Some(0), "2"), "{}", waiting.stderr);
+    let shared = place.run(&["submit", &training(&place, "waiting", MODEL, ("nf4", 4))]);
+    assert_eq!(shared.code, Some(78), "{}", shared.stderr);
+    assert!(shared.stderr.contains("waiting is that of job 2, which is not done"), "{}", shared.stderr);
     until("it trains", PATIENCE, || states(&place) == ["done", "running", "queued"]);
     assert_eq!(place.run(&["cancel", "2"]).code, Some(0));
     assert_eq!(states(&place), ["done", "running", "cancelled"]);

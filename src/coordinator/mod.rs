@@ -173,7 +173,7 @@ enum Request {
         number: u64,
         answer: Answer<Result<(), Refusal>>,
     },
-    /// What a job has left, in words.
+    /// A job's output is written, or could not be: what there is to say of it.
     Told {
         number: u64,
         message: String,

@@ -152,7 +152,7 @@ impl Owner {
                     let _ = answer.send(self.cancel(number));
                 }
                 Request::Told { number, message } => {
-                    self.queue.update(number, |job| job.message = message);
+                    self.queue.update(number, |job| (job.state, job.message) = (JobState::Done, message));
                     self.publish(Changed::None);
                 }
             }
@@ -219,6 +219,14 @@ impl Owner {
         if self.queue.is_full() {
             return Err(Refusal::NotNow { phase: "busy: 64 jobs wait", request: "queue another job" });
         }
+        let current = Some(&self.effects.job.record).filter(|current| {
+            !self.is_done && record.checkpoint_root.is_some() && current.checkpoint_root == record.checkpoint_root
+        });
+        if let (Some(other), Some(root)) =
+            (current.or_else(|| self.queue.with_checkpoints_of(&record)), &record.checkpoint_root)
+        {
+            return Err(Refusal::SameCheckpoints { directory: root.display().to_string(), number: other.number });
+        }
         tracing::info!(number = record.number, job = %record.job, "job queued");
         self.queue.push(record);
         self.publish(Changed::None);
@@ -260,20 +268,20 @@ impl Owner {
         self.is_done = true;
         let state = if self.is_cancelled { JobState::Cancelled } else { JobState::Done };
         let last_checkpoint = self.membership.last_checkpoint().map(str::to_owned);
-        // What was only loaded is there to be held.
-        let state = if self.effects.job.record.plan.train.is_some() { state } else { JobState::Running };
+        // What was only loaded is there to be held; a run is done when its output is written, too.
+        let trains = self.effects.job.record.plan.train.is_some();
+        let has_output = trains && state == JobState::Done && self.jobs.is_some();
+        let state = if trains && !has_output { state } else { JobState::Running };
         self.queue.update(self.effects.job.record.number, |job| {
             (job.state, job.last_checkpoint) = (state, last_checkpoint);
         });
         self.publish(Changed::None);
-        if let Some(jobs) = self.jobs.clone().filter(|_| state == JobState::Done) {
+        if let Some(jobs) = self.jobs.clone().filter(|_| has_output) {
             let (job, events) = (self.effects.job.clone(), self.events.clone());
             self.running.spawn("output", async move {
                 let number = job.record.number;
                 let message = crate::tasks::blocking(move || (jobs.finish)(&job.record)).await;
-                if let Some(message) = message {
-                    let _ = events.send(Request::Told { number, message }).await;
-                }
+                let _ = events.send(Request::Told { number, message: message.unwrap_or_default() }).await;
             });
         }
     }
@@ -284,12 +292,10 @@ impl Owner {
             return;
         }
         let Some(record) = self.queue.next() else { return };
-        let before = self.effects.job.record.number;
-        self.queue.update(before, |job| {
-            if job.state == JobState::Running {
-                job.state = JobState::Done;
-            }
-        });
+        let before = &self.effects.job.record;
+        if before.plan.train.is_none() {
+            self.queue.update(before.number, |job| job.state = JobState::Done);
+        }
         // On this thread, because a coordinator that is started again must know which job its ranks have.
         if let Err(error) = self.effects.journal.succeed(&record, self.membership.generation().next()) {
             let event = shell_failed(&error);

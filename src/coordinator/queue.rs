@@ -82,6 +82,13 @@ impl Queue {
         self.waiting.push_back(record);
     }
 
+    /// The job that waits and has its checkpoints where `record` would have them: what that one resumes from was looked up when it
+    /// was queued, and two runs cannot share a directory.
+    pub(super) fn with_checkpoints_of(&self, record: &JobRecord) -> Option<&JobRecord> {
+        let root = record.checkpoint_root.as_ref()?;
+        self.waiting.iter().find(|waiting| waiting.checkpoint_root.as_ref() == Some(root))
+    }
+
     pub(super) fn is_full(&self) -> bool {
         self.waiting.len() >= MAX_QUEUED
     }

@@ -299,6 +299,17 @@ pub enum Refusal {
         /// Its number.
         number: u64,
     },
+    /// Another job of the same ranks writes its checkpoints there.
+    #[error(
+        "checkpoint.directory {directory} is that of job {number}, which is not done: expected another, or the job again when that \
+         one is done"
+    )]
+    SameCheckpoints {
+        /// The directory.
+        directory: String,
+        /// The other job.
+        number: u64,
+    },
     /// The job cannot do this now.
     #[error("the job is {phase} and cannot {request} now")]
     NotNow {
@@ -313,7 +324,7 @@ impl Classify for Refusal {
     fn kind(&self) -> Kind {
         match self {
             Self::NoSuchRank { .. } | Self::OtherWorld { .. } => Kind::Exhausted,
-            Self::RankTaken { .. } => Kind::Conflict,
+            Self::RankTaken { .. } | Self::SameCheckpoints { .. } => Kind::Conflict,
             Self::Stale { .. } | Self::Over { .. } => Kind::Fenced,
             Self::NoSuchJob { .. } => Kind::NotFound,
             Self::NotNow { .. } => Kind::Unavailable,
