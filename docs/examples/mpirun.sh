@@ -3,8 +3,7 @@
 #
 #   docs/examples/mpirun.sh job.toml hosts RANKS_PER_HOST
 #
-# Run on the first host of the host file. Open MPI does not say where rank 0 is, so the launchers are told where to meet.
-# The model, the checkpoint directory and the state directory must be seen by all hosts.
+# Run on the first host of the host file. The model, the checkpoint directory and the state directory must be seen by all hosts.
 set -u
 
 job=$1 hosts=$2 per_host=$3
@@ -21,7 +20,7 @@ until [ -s "$state/token" ]; do
 done
 
 mpirun ${MPIRUN_FLAGS:-} --hostfile "$hosts" --map-by "ppr:$per_host:node" -np $ranks \
-  weightcast launch --rdzv-endpoint "$here:$((port + 3))" --coordinator "$here:$port" --token-file "$state/token"
+  weightcast launch --coordinator "$here:$port" --token-file "$state/token"
 launched=$?
 wait $coordinator
 coordinated=$?

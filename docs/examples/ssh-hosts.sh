@@ -24,9 +24,8 @@ done
 
 launchers=()
 for node in "${!hosts[@]}"; do
-  # Node 0 serves the meeting of the launchers, at its own address.
   $remote "${hosts[$node]}" weightcast launch --nnodes "$nodes" --node-rank "$node" --nproc-per-node "$per_host" \
-    --rdzv-endpoint "${hosts[0]}:$((port + 3))" --coordinator "$here:$port" --token-file "$state/token" </dev/null &
+    --coordinator "$here:$port" --token-file "$state/token" </dev/null &
   launchers+=($!)
 done
 launched=0

@@ -27,7 +27,7 @@ pub(crate) enum Next {
 /// The job as one node sees it.
 #[derive(Debug)]
 pub(crate) enum Job {
-    /// One node.
+    /// One node, or one that need not know of the others.
     Alone,
     /// Several, and this one's part among them.
     Several(Box<Several>),
@@ -264,7 +264,7 @@ fn alone(launch: &Launch, restart_count: u32) -> Result<Assignment, LaunchError>
     let layout = &launch.layout;
     Ok(Assignment {
         node_rank: layout.node_rank.unwrap_or(0),
-        nnodes: 1,
+        nnodes: layout.nnodes,
         first_rank: layout.first_rank,
         world_size: layout.world_size,
         master_addr: layout.master_addr.clone().unwrap_or_else(|| Ipv4Addr::LOCALHOST.to_string()),

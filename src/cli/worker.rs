@@ -34,6 +34,7 @@ pub(super) fn run(flags: WorkerFlags) -> u8 {
         sharing: environment.sharing,
         local: LocalRank { index: environment.local_rank, count: environment.local_ranks },
         nccl_library: environment.nccl_library,
+        join_deadline: environment.join_deadline,
         coordinator_deadline: COORDINATOR_DEADLINE,
     };
     // The session renews its lease on this thread; the weights move on the data thread.

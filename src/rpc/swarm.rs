@@ -165,6 +165,7 @@ impl Rank {
             device: "cpu".to_owned(),
             nccl_version: String::new(),
             nccl_unique_id: Vec::new(),
+            holds_generation: 0,
         };
         let refused = |status: tonic::Status| SwarmError::Refused { rank: number, message: describe_status(&status) };
         let request = patient_request(&token, join, DEADLINE)?;

@@ -130,10 +130,11 @@ pub fn resolve(args: &LaunchArgs, environment: &Environment) -> Result<Layout, L
     };
     let endpoint = match setting("--rdzv-endpoint", &args.rdzv_endpoint).filter(|_| nnodes > 1) {
         Some(setting) => Some(setting.parse("HOST[:PORT]", endpoint_of)?),
+        None if args.has_coordinator && node_rank.is_some() => None,
         None => master_addr.clone().filter(|_| nnodes > 1).map(|host| Endpoint { host, port: DERIVED_PORT }),
     };
     let source = words(standalone, given_nodes.is_some(), args, placement.as_ref());
-    if nnodes > 1 && endpoint.is_none() {
+    if nnodes > 1 && endpoint.is_none() && !(args.has_coordinator && node_rank.is_some()) {
         return Err(LaunchError::Unknown {
             source_words: source,
             missing: "the address where the nodes meet",
