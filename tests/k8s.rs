@@ -111,9 +111,9 @@ fn what_pods_are_told_is_read() {
             assert!(sources.contains(&format!("\"{probe}\"")), "{probe}");
         }
     }
-    assert!(variables.contains("WEIGHTCAST_COORDINATOR") && variables.contains("JOBSET_NAME"), "{variables:?}");
+    assert!(variables.contains("WEIGHTCAST_COORDINATOR"), "{variables:?}");
     let ports = [GRPC_PORT, HEALTH_PORT, HTTP_PORT];
-    assert_eq!(ports.iter().collect::<BTreeSet<_>>().len(), 4, "two servers of a pod have one port");
+    assert_eq!(ports.iter().collect::<BTreeSet<_>>().len(), 3, "two servers of a pod have one port");
 
     let fatal = [EXIT_USAGE, EXIT_CONFIGURATION, EXIT_DO_NOT_RESTART].map(Value::from);
     assert_eq!(Value::from(Kind::Conflict.exit_code()), fatal[1]);
