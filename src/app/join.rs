@@ -1,6 +1,7 @@
 //! `weightcast launch --coordinator`: this node's ranks of a job whose coordinator is another process.
 
 use std::path::PathBuf;
+use std::sync::Arc;
 use std::time::Duration;
 
 use tokio::sync::mpsc;
@@ -9,6 +10,7 @@ use weightcast_launcher::{
 };
 
 use super::launch::{LaunchJobError, tls_environment, worker_command};
+use super::lines::{LineQueue, hand_on};
 use crate::plan::DeviceRule;
 use crate::rpc::{Clients, Token};
 use crate::store::absolute;
@@ -55,21 +57,26 @@ pub async fn join(
     // The launchers of the nodes know each other by the job's token, unless they have one of their own.
     launch.gathering.token_file.get_or_insert_with(|| token_file.clone());
     let (failures, queue) = mpsc::channel(QUEUE);
+    let lines = Arc::new(LineQueue::default());
+    let written = Arc::clone(&lines);
     launch.on_event = Some(EventSink::new(move |event| match event {
         LaunchEvent::RankExited { rank, end, .. } if !end.is_success() => {
             // Full: the others of this node were told already.
             let _ = failures.try_send((rank, end.to_string(), end.exit_code()));
         }
         LaunchEvent::Note { text } => note(&text),
+        LaunchEvent::Line { rank, stream, text } => written.push(rank, stream, text),
         _ => {}
     }));
     let mut tasks = Tasks::new();
+    tasks.spawn("ranks' lines", hand_on(Arc::clone(&lines), coordinator.address.clone(), (token.clone(), tls.clone())));
     tasks.spawn("report failures", report(queue, coordinator.address.clone(), (token, tls)));
     let (stopper, stop) = stop_channel();
     let report = tokio::select! {
         report = run(launch, stop) => report?,
         Err(source) = stopper.follow_signals() => return Err(LaunchJobError::Signals { source }),
     };
+    lines.close();
     tasks.finish(REPORT_DEADLINE).await;
     Ok(report)
 }
