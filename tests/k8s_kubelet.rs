@@ -542,7 +542,8 @@ fn a_coordinator_that_is_killed_fifty_times_loses_nothing() {
     assert_eq!(generations, ["generation-000000001"]);
     let steps: Vec<String> = (1..=60).map(|step| format!("step-{:09}", step * 2)).collect();
     assert_eq!(cluster.checkpoints(), steps);
-    let losses = std::fs::read_to_string(cluster.place.path("claims/wc-checkpoints/metrics/metrics.jsonl")).expect("metrics");
+    let losses =
+        std::fs::read_to_string(cluster.place.path("claims/wc-checkpoints/metrics/metrics.jsonl")).expect("metrics");
     let trained: Vec<u64> = losses
         .lines()
         .map(|line| serde_json::from_str::<Value>(line).expect("JSON"))

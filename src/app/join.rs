@@ -2,7 +2,7 @@
 
 use std::collections::BTreeMap;
 use std::path::PathBuf;
-use std::sync::{Mutex, PoisonError};
+use std::sync::{Arc, Mutex, PoisonError};
 use std::time::Duration;
 
 use tokio::sync::mpsc;
@@ -11,6 +11,7 @@ use weightcast_launcher::{
 };
 
 use super::launch::{LaunchJobError, tls_environment, worker_command};
+use super::lines::{LineQueue, hand_on};
 use crate::plan::DeviceRule;
 use crate::rpc::{Clients, ProcessEnded, Token};
 use crate::store::absolute;
@@ -59,6 +60,8 @@ pub async fn join(
     // Launchers that meet all the same know each other by the job's token, unless they have one of their own.
     launch.gathering.token_file.get_or_insert_with(|| token_file.clone());
     let (failures, queue) = mpsc::channel(QUEUE);
+    let lines = Arc::new(LineQueue::default());
+    let written = Arc::clone(&lines);
     let (mut processes, mut restarts_left) = (BTreeMap::new(), 0);
     let most = launch.max_restarts;
     let mut watch = move |event| match event {
@@ -75,14 +78,19 @@ pub async fn join(
         _ => {}
     };
     let watch = Mutex::new(move |event| watch(event));
-    launch.on_event = Some(EventSink::new(move |event| watch.lock().unwrap_or_else(PoisonError::into_inner)(event)));
+    launch.on_event = Some(EventSink::new(move |event| match event {
+        LaunchEvent::Line { rank, stream, text } => written.push(rank, stream, text),
+        event => watch.lock().unwrap_or_else(PoisonError::into_inner)(event),
+    }));
     let mut tasks = Tasks::new();
+    tasks.spawn("ranks' lines", hand_on(Arc::clone(&lines), coordinator.address.clone(), (token.clone(), tls.clone())));
     tasks.spawn("report failures", report(queue, coordinator.address.clone(), (token, tls)));
     let (stopper, stop) = stop_channel();
     let report = tokio::select! {
         report = run(launch, stop) => report?,
         Err(source) = stopper.follow_signals() => return Err(LaunchJobError::Signals { source }),
     };
+    lines.close();
     tasks.finish(REPORT_DEADLINE).await;
     Ok(report)
 }

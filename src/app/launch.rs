@@ -11,6 +11,7 @@ use weightcast_launcher::{
     stop_channel,
 };
 
+use super::lines::line_stream;
 use super::model_export::ModelExportError;
 use super::observe::{ObservePlaces, Observers};
 use super::prepare::Prepared;
@@ -32,6 +33,8 @@ use crate::types::{BackendWish, Fqn, JobId, Rank, Sharing, TensorDigest, WorldSi
 
 /// Ranks of one host join within seconds; a scheduler may take minutes to place the last one.
 pub(super) const JOIN_DEADLINE: Duration = Duration::from_secs(600);
+/// How long those who follow the ranks' lines may take to read the last ones.
+const LAST_LINES: Duration = Duration::from_secs(1);
 
 /// A job to launch on this host.
 #[derive(Debug)]
@@ -196,6 +199,8 @@ async fn launch_in(job: LaunchJob, directory: &Path, audience: Audience) -> Resu
         report = run(launch, stop) => report?,
         Err(source) = stopper.follow_signals() => return Err(LaunchJobError::Signals { source }),
     };
+    coordinator.lines().close();
+    coordinator.lines().farewell(LAST_LINES).await;
     let view = coordinator.views().borrow().clone();
     let loads = coordinator.loads();
     tasks.shut_down(Duration::from_millis(500)).await;
@@ -307,8 +312,10 @@ fn training_environment(world: WorldSize) -> impl Iterator<Item = (OsString, OsS
     untold.map(|(name, value)| (name.into(), value.into()))
 }
 
-/// Tells the coordinator of ranks that ended with failure, within milliseconds.
+/// Tells the coordinator of ranks that ended with failure, within milliseconds, and of what ranks write.
 fn event_sink(coordinator: Coordinator, notes: fn(&str)) -> EventSink {
+    // For as long as there may be more lines, which is until they are closed.
+    let source = coordinator.lines().source();
     EventSink::new(move |event| match event {
         LaunchEvent::RankExited { rank, end, .. } => {
             crate::faults::point("launcher.rank-exited");
@@ -318,6 +325,10 @@ fn event_sink(coordinator: Coordinator, notes: fn(&str)) -> EventSink {
         }
         LaunchEvent::RankStarted { .. } => crate::faults::point("launcher.rank-started"),
         LaunchEvent::Note { text } => notes(&text),
+        LaunchEvent::Line { rank, stream, text } => {
+            let _ = &source;
+            coordinator.lines().write(Rank(rank), line_stream(stream), text);
+        }
         _ => {}
     })
 }

@@ -16,6 +16,7 @@ mod join;
 mod k8s;
 mod k8s_files;
 mod launch;
+mod lines;
 mod model_directory;
 mod model_directory_convert;
 mod model_directory_error;

@@ -82,6 +82,8 @@ pub enum Command {
     },
     /// Show the ranks of a running job
     Status(StatusFlags),
+    /// Show what the ranks of a running job have written
+    Logs(super::logs::LogsFlags),
     /// Have a running job write a checkpoint now, and wait until it is committed
     Save(JobFlags),
     /// Have a running job let go one of the models that it holds beside its own

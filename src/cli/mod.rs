@@ -16,6 +16,7 @@ mod forward;
 mod job;
 mod k8s;
 mod launch;
+mod logs;
 mod machine;
 mod model;
 mod model_cache;
@@ -78,6 +79,7 @@ pub fn main(arguments: impl Iterator<Item = std::ffi::OsString>) -> u8 {
         Command::Cache { command } => cache::run(&command),
         Command::K8s { command } => k8s::run(&command),
         Command::Status(flags) => job::status(&flags),
+        Command::Logs(flags) => logs::run(&flags),
         Command::Save(flags) => job::save(&flags),
         Command::Unload { name, job } => job::unload(&name, &job),
         Command::Submit(flags) => queue::submit(&flags),

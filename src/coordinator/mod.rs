@@ -6,6 +6,7 @@
 
 mod history;
 mod journal;
+mod lines;
 mod owner;
 mod queue;
 mod traces;
@@ -23,6 +24,10 @@ use tokio::sync::{mpsc, oneshot, watch};
 
 pub use history::{CommitView, Happening, HappeningKind, History, KEPT_COMMITS, KEPT_HAPPENINGS};
 pub use journal::{EndRecord, GenerationRecord, Interrupted, JobRecord, Journal, JournalError};
+pub use lines::{
+    LINE_OVERHEAD_BYTES, Line, LineChoice, LineReader, LineSource, LineStream, Lines, MAX_LINE_BYTES, Read,
+    TooManyReaders, cut, unix_ns,
+};
 pub use queue::{JobState, JobView, MAX_QUEUED};
 pub use view::{ModelView, Orders, RankView, View};
 
@@ -152,6 +157,7 @@ struct Shared {
     numbers: tokio::sync::Mutex<u64>,
     loads: Loads,
     history: Arc<Mutex<History>>,
+    lines: Lines,
     calls: Calls,
     /// How long ranks that are lost may take to come back.
     rejoin: Option<Duration>,
@@ -244,7 +250,7 @@ impl Coordinator {
         let (journal, jobs) = (config.journal.clone(), config.jobs.clone());
         let rejoin = config.rejoin.as_ref().map(|rejoin| rejoin.timeout);
         let current = Arc::new(Mutex::new(CurrentJob::new(config.record.clone())));
-        let loads = Loads::default();
+        let (loads, lines) = (Loads::default(), Lines::new(config.record.plan.world));
         let (owner, (views, orders)) = owner::Owner::new(config, (current.clone(), loads.clone()), events.clone())?;
         let last = views.borrow().jobs.iter().map(|job| job.number).max().unwrap_or(0);
         let history = owner.history();
@@ -261,6 +267,7 @@ impl Coordinator {
                 numbers: tokio::sync::Mutex::new(last),
                 loads,
                 history,
+                lines,
                 calls: Calls::default(),
                 rejoin,
                 audience: Arc::default(),
@@ -358,6 +365,12 @@ impl Coordinator {
     #[must_use]
     pub fn history(&self) -> History {
         self.shared.history.lock().unwrap_or_else(PoisonError::into_inner).clone()
+    }
+
+    /// The lines that its ranks have written.
+    #[must_use]
+    pub fn lines(&self) -> &Lines {
+        &self.shared.lines
     }
 
     /// The calls that its server has answered.

@@ -170,6 +170,16 @@ pub fn patient_request<T>(token: &Token, message: T, deadline: Duration) -> Resu
     Ok(request)
 }
 
+/// A request for a stream, which lasts as long as there is something to say.
+///
+/// # Errors
+/// As [`request`].
+pub fn lasting_request<T>(token: &Token, message: T) -> Result<Request<T>, TokenError> {
+    let mut request = Request::new(message);
+    request.metadata_mut().insert("authorization", token.header()?);
+    Ok(request)
+}
+
 /// A status in words.
 #[must_use]
 pub fn describe_status(status: &tonic::Status) -> String {

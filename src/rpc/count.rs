@@ -13,7 +13,7 @@ use tower::{Layer, Service};
 use crate::metrics::Calls;
 
 /// The methods of the contract.
-const METHODS: [&str; 17] = [
+const METHODS: [&str; 19] = [
     "WorkerService/Join",
     "WorkerService/Watch",
     "WorkerService/Renew",
@@ -23,6 +23,7 @@ const METHODS: [&str; 17] = [
     "WorkerService/RequestSave",
     "WorkerService/ReportTrained",
     "WorkerService/ReportFailed",
+    "WorkerService/ReportLines",
     "JobService/GetStatus",
     "JobService/SaveCheckpoint",
     "JobService/UnloadModel",
@@ -31,6 +32,7 @@ const METHODS: [&str; 17] = [
     "JobService/ListJobs",
     "JobService/CancelJob",
     "JobService/ReportProcessEnded",
+    "JobService/FollowLogs",
 ];
 
 /// See the module.

@@ -182,8 +182,16 @@ mod tests {
     #[test]
     fn methods_that_nobody_has_named_command_the_job() {
         assert_eq!(needs("/weightcast.v1.WorkerService/Join"), Needs::Worker);
+        assert_eq!(needs("/weightcast.v1.WorkerService/ReportLines"), Needs::Worker);
         assert_eq!(needs("/weightcast.v1.JobService/GetStatus"), Needs::Either);
-        for path in ["/weightcast.v1.JobService/SaveCheckpoint", "/weightcast.v1.JobService/New", "/x/y", "", "/"] {
+        for path in [
+            "/weightcast.v1.JobService/SaveCheckpoint",
+            "/weightcast.v1.JobService/FollowLogs",
+            "/weightcast.v1.JobService/New",
+            "/x/y",
+            "",
+            "/",
+        ] {
             assert_eq!(needs(path), Needs::Operator, "{path}");
         }
     }

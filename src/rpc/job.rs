@@ -9,11 +9,13 @@ use weightcast_proto::v1::job_service_server::JobService;
 use super::auth::Role;
 use super::client::MEMBER;
 use super::convert;
+use super::lines::LogStream;
 use super::server::expect_deadline;
 use super::status::{refused, status};
 use super::validate;
-use crate::coordinator::{Coordinator, JobText};
+use crate::coordinator::{Coordinator, JobText, LineChoice};
 use crate::membership::{Event, Phase, Refusal};
+use crate::tasks::blocking;
 use crate::types::Rank;
 
 #[derive(Debug)]
@@ -181,5 +183,20 @@ impl JobService for JobServer {
         let views = self.coordinator.views();
         let header = convert::header(&self.coordinator, &views.borrow());
         Ok(Response::new(v1::ReportProcessEndedResponse { header: Some(header) }))
+    }
+
+    type FollowLogsStream = LogStream;
+
+    async fn follow_logs(
+        &self,
+        request: Request<v1::FollowLogsRequest>,
+    ) -> Result<Response<Self::FollowLogsStream>, Status> {
+        let v1::FollowLogsRequest { ranks, tail_lines: tail, follow } = request.into_inner();
+        validate::ranks(&ranks, self.coordinator.views().borrow().ranks.len())?;
+        let choice = LineChoice { ranks: ranks.into_iter().map(Rank).collect(), tail, follow };
+        let (lines, asked) = (self.coordinator.lines().clone(), choice.clone());
+        // The end of very many ranks' lines takes a while to be found.
+        let reader = blocking(move || lines.read(&asked)).await.map_err(|error| status(&error))?;
+        Ok(Response::new(LogStream::new(self.coordinator.clone(), reader, &choice)))
     }
 }

@@ -14,6 +14,7 @@ mod gate;
 mod health;
 mod job;
 mod limits;
+mod lines;
 mod reflection;
 mod server;
 mod status;
@@ -24,10 +25,11 @@ mod worker;
 pub use auth::{Access, Token, TokenError};
 pub use client::{
     Clients, ConnectError, MEMBER, ProcessEnded, SHORT_CONNECT_TIMEOUT, WATCH_SILENCE, describe_status,
-    patient_request, request,
+    lasting_request, patient_request, request,
 };
 pub(crate) use convert::{figures as rank_figures, training as training_progress};
 pub use health::{Health, serve_health};
+pub use lines::LineReport;
 pub use server::{Listener, Security, ServeError, serve};
 pub use status::{is_stale, kind_of, status};
 pub use swarm::{SwarmError, SwarmTimes, swarm};

@@ -8,8 +8,10 @@ use std::net::SocketAddr;
 use tonic::{Code, Status};
 use weightcast_proto::v1;
 
-use super::status::refused;
+use super::status::{refused, status};
+use crate::coordinator::MAX_LINE_BYTES;
 use crate::manifest::ShardReceipt;
+use crate::membership::Refusal;
 
 /// Identifiers that callers choose.
 const MAX_ID_BYTES: usize = 128;
@@ -21,6 +23,8 @@ const MAX_WORD_BYTES: usize = 64;
 const UNIQUE_ID_BYTES: usize = 128;
 /// Losses that a rank reports for the curve that people see.
 const MAX_LOSSES: usize = 1024;
+/// Lines of ranks in one message.
+const MAX_LINES: usize = 1024;
 /// What happened, in words; what is longer is cut.
 const MAX_REPORT_BYTES: usize = 4096;
 
@@ -94,6 +98,41 @@ pub(super) fn receipt(json: &str) -> Result<ShardReceipt, Status> {
 /// An identifier that a caller sends back.
 pub(super) fn id(field: &str, value: &str) -> Result<(), Status> {
     text(field, value, MAX_ID_BYTES)
+}
+
+/// Ranks that somebody names, in a world of so many.
+pub(super) fn ranks(ranks: &[u32], world: usize) -> Result<(), Status> {
+    let world = u32::try_from(world).unwrap_or(u32::MAX);
+    match ranks.iter().find(|rank| **rank >= world) {
+        Some(rank) => Err(status(&Refusal::NoSuchRank { rank: *rank, world })),
+        None => Ok(()),
+    }
+}
+
+/// What ranks have written. It may have control characters: whoever shows it escapes them.
+pub(super) fn lines(report: &v1::ReportLinesRequest, world: usize) -> Result<(), Status> {
+    if report.launcher_id.is_empty() {
+        return Err(invalid("launcher_id: expected some text, found none"));
+    }
+    id("launcher_id", &report.launcher_id)?;
+    let found = report.lines.len();
+    if found > MAX_LINES {
+        return Err(invalid(&format!("lines: expected at most {MAX_LINES}, found {found}")));
+    }
+    for line in &report.lines {
+        ranks(&[line.rank], world)?;
+        let found = line.text.len();
+        if found > MAX_LINE_BYTES {
+            return Err(invalid(&format!("lines.text: expected at most {MAX_LINE_BYTES} bytes, found {found}")));
+        }
+        if line.number == 0 {
+            return Err(invalid("lines.number: expected 1 or more, found 0"));
+        }
+        if line.stream() == v1::LogStream::Unspecified {
+            return Err(invalid("lines.stream: expected stdout or stderr, found neither"));
+        }
+    }
+    Ok(())
 }
 
 /// What happened, as people may read it: without control characters but line ends, and of bounded length.

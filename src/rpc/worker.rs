@@ -4,14 +4,14 @@ use std::pin::Pin;
 
 use tokio_stream::wrappers::WatchStream;
 use tokio_stream::{Stream, StreamExt as _};
-use tonic::{Code, Request, Response, Status};
+use tonic::{Code, Request, Response, Status, Streaming};
 use weightcast_proto::v1::worker_service_server::WorkerService;
 use weightcast_proto::{PROTOCOL_VERSION, v1};
 
-use super::convert;
 use super::server::expect_deadline;
 use super::status::{refused, status};
 use super::validate;
+use super::{convert, lines};
 use crate::coordinator::Coordinator;
 use crate::membership::{Blame, Event, JoinInfo, LEASE, Phase, RENEW_INTERVAL, Refusal};
 use crate::types::{Attempt, Generation, Rank, Step};
@@ -214,5 +214,14 @@ impl WorkerService for WorkerServer {
         })
         .await?;
         Ok(Response::new(v1::ReportFailedResponse { header: self.header() }))
+    }
+
+    type ReportLinesStream = ResponseStream<v1::ReportLinesResponse>;
+
+    async fn report_lines(
+        &self,
+        request: Request<Streaming<v1::ReportLinesRequest>>,
+    ) -> Result<Response<Self::ReportLinesStream>, Status> {
+        Ok(Response::new(Box::pin(lines::receive(self.coordinator.clone(), request.into_inner()))))
     }
 }

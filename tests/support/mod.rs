@@ -157,6 +157,11 @@ impl Job {
         String::from_utf8_lossy(&std::fs::read(&self.stderr).unwrap_or_default()).into_owned()
     }
 
+    /// What it has printed on stdout so far.
+    pub(crate) fn printed(&self) -> String {
+        String::from_utf8_lossy(&std::fs::read(&self.stdout).unwrap_or_default()).into_owned()
+    }
+
     /// Waits for its end; it must not hang.
     pub(crate) fn wait(self) -> Ended {
         self.wait_within(PATIENCE)

@@ -98,6 +98,23 @@ pub struct Cause {
     #[prost(uint32, tag = "3")]
     pub exit_code: u32,
 }
+/// A line that a rank has written.
+#[derive(Clone, PartialEq, Eq, Hash, ::prost::Message)]
+pub struct LogLine {
+    #[prost(uint32, tag = "1")]
+    pub rank: u32,
+    /// The rank's first line is 1. Numbers that are missing are lines that were dropped on the way, or are kept no longer.
+    #[prost(uint64, tag = "2")]
+    pub number: u64,
+    #[prost(enumeration = "LogStream", tag = "3")]
+    pub stream: i32,
+    /// When its launcher had it, in nanoseconds since 1970.
+    #[prost(uint64, tag = "4")]
+    pub unix_ns: u64,
+    /// Without its end, at most 8 KiB; what is not UTF-8 is replaced. May have control characters.
+    #[prost(string, tag = "5")]
+    pub text: ::prost::alloc::string::String,
+}
 /// What a job is doing as a whole.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Hash, PartialOrd, Ord, ::prost::Enumeration)]
 #[repr(i32)]
@@ -146,6 +163,36 @@ impl Phase {
             "PHASE_FINISHED" => Some(Self::Finished),
             "PHASE_ABORTED" => Some(Self::Aborted),
             "PHASE_TRAINING" => Some(Self::Training),
+            _ => None,
+        }
+    }
+}
+/// Where a rank has written a line.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Hash, PartialOrd, Ord, ::prost::Enumeration)]
+#[repr(i32)]
+pub enum LogStream {
+    Unspecified = 0,
+    Stdout = 1,
+    Stderr = 2,
+}
+impl LogStream {
+    /// String value of the enum field names used in the ProtoBuf definition.
+    ///
+    /// The values are not transformed in any way and thus are considered stable
+    /// (if the ProtoBuf definition does not change) and safe for programmatic use.
+    pub fn as_str_name(&self) -> &'static str {
+        match self {
+            Self::Unspecified => "LOG_STREAM_UNSPECIFIED",
+            Self::Stdout => "LOG_STREAM_STDOUT",
+            Self::Stderr => "LOG_STREAM_STDERR",
+        }
+    }
+    /// Creates an enum from field names used in the ProtoBuf definition.
+    pub fn from_str_name(value: &str) -> ::core::option::Option<Self> {
+        match value {
+            "LOG_STREAM_UNSPECIFIED" => Some(Self::Unspecified),
+            "LOG_STREAM_STDOUT" => Some(Self::Stdout),
+            "LOG_STREAM_STDERR" => Some(Self::Stderr),
             _ => None,
         }
     }
@@ -408,6 +455,20 @@ pub struct ReportFailedResponse {
     #[prost(message, optional, tag = "1")]
     pub header: ::core::option::Option<ResponseHeader>,
 }
+#[derive(Clone, PartialEq, ::prost::Message)]
+pub struct ReportLinesRequest {
+    /// Chosen by the launcher for as long as it lives; another one numbers its ranks' lines from 1 again.
+    #[prost(string, tag = "1")]
+    pub launcher_id: ::prost::alloc::string::String,
+    /// Of each rank in the order of their numbers.
+    #[prost(message, repeated, tag = "2")]
+    pub lines: ::prost::alloc::vec::Vec<LogLine>,
+}
+#[derive(Clone, PartialEq, Eq, Hash, ::prost::Message)]
+pub struct ReportLinesResponse {
+    #[prost(message, optional, tag = "1")]
+    pub header: ::core::option::Option<ResponseHeader>,
+}
 /// Generated client implementations.
 pub mod worker_service_client {
     #![allow(
@@ -419,7 +480,7 @@ pub mod worker_service_client {
     )]
     use tonic::codegen::*;
     use tonic::codegen::http::Uri;
-    /// What a rank says to the coordinator. Every call needs a deadline and the job's token.
+    /// What a rank, or its launcher, says to the coordinator. Every call needs a deadline and the job's token.
     #[derive(Debug, Clone)]
     pub struct WorkerServiceClient<T> {
         inner: tonic::client::Grpc<T>,
@@ -710,6 +771,35 @@ pub mod worker_service_client {
                 .insert(GrpcMethod::new("weightcast.v1.WorkerService", "ReportFailed"));
             self.inner.unary(req, path, codec).await
         }
+        /// A launcher hands on what the ranks of its node write. Each request is answered when its lines are kept; one that was
+        /// not is sent again when the connection is back, and what is known already is known by its numbers. The stream is open for
+        /// as long as there may be more.
+        pub async fn report_lines(
+            &mut self,
+            request: impl tonic::IntoStreamingRequest<
+                Message = super::ReportLinesRequest,
+            >,
+        ) -> std::result::Result<
+            tonic::Response<tonic::codec::Streaming<super::ReportLinesResponse>>,
+            tonic::Status,
+        > {
+            self.inner
+                .ready()
+                .await
+                .map_err(|e| {
+                    tonic::Status::unknown(
+                        format!("Service was not ready: {}", e.into()),
+                    )
+                })?;
+            let codec = tonic_prost::ProstCodec::default();
+            let path = http::uri::PathAndQuery::from_static(
+                "/weightcast.v1.WorkerService/ReportLines",
+            );
+            let mut req = request.into_streaming_request();
+            req.extensions_mut()
+                .insert(GrpcMethod::new("weightcast.v1.WorkerService", "ReportLines"));
+            self.inner.streaming(req, path, codec).await
+        }
     }
 }
 /// Generated server implementations.
@@ -799,8 +889,24 @@ pub mod worker_service_server {
             tonic::Response<super::ReportFailedResponse>,
             tonic::Status,
         >;
+        /// Server streaming response type for the ReportLines method.
+        type ReportLinesStream: tonic::codegen::tokio_stream::Stream<
+                Item = std::result::Result<super::ReportLinesResponse, tonic::Status>,
+            >
+            + std::marker::Send
+            + 'static;
+        /// A launcher hands on what the ranks of its node write. Each request is answered when its lines are kept; one that was
+        /// not is sent again when the connection is back, and what is known already is known by its numbers. The stream is open for
+        /// as long as there may be more.
+        async fn report_lines(
+            &self,
+            request: tonic::Request<tonic::Streaming<super::ReportLinesRequest>>,
+        ) -> std::result::Result<
+            tonic::Response<Self::ReportLinesStream>,
+            tonic::Status,
+        >;
     }
-    /// What a rank says to the coordinator. Every call needs a deadline and the job's token.
+    /// What a rank, or its launcher, says to the coordinator. Every call needs a deadline and the job's token.
     #[derive(Debug)]
     pub struct WorkerServiceServer<T> {
         inner: Arc<T>,
@@ -1282,6 +1388,54 @@ pub mod worker_service_server {
                     };
                     Box::pin(fut)
                 }
+                "/weightcast.v1.WorkerService/ReportLines" => {
+                    #[allow(non_camel_case_types)]
+                    struct ReportLinesSvc<T: WorkerService>(pub Arc<T>);
+                    impl<
+                        T: WorkerService,
+                    > tonic::server::StreamingService<super::ReportLinesRequest>
+                    for ReportLinesSvc<T> {
+                        type Response = super::ReportLinesResponse;
+                        type ResponseStream = T::ReportLinesStream;
+                        type Future = BoxFuture<
+                            tonic::Response<Self::ResponseStream>,
+                            tonic::Status,
+                        >;
+                        fn call(
+                            &mut self,
+                            request: tonic::Request<
+                                tonic::Streaming<super::ReportLinesRequest>,
+                            >,
+                        ) -> Self::Future {
+                            let inner = Arc::clone(&self.0);
+                            let fut = async move {
+                                <T as WorkerService>::report_lines(&inner, request).await
+                            };
+                            Box::pin(fut)
+                        }
+                    }
+                    let accept_compression_encodings = self.accept_compression_encodings;
+                    let send_compression_encodings = self.send_compression_encodings;
+                    let max_decoding_message_size = self.max_decoding_message_size;
+                    let max_encoding_message_size = self.max_encoding_message_size;
+                    let inner = self.inner.clone();
+                    let fut = async move {
+                        let method = ReportLinesSvc(inner);
+                        let codec = tonic_prost::ProstCodec::default();
+                        let mut grpc = tonic::server::Grpc::new(codec)
+                            .apply_compression_config(
+                                accept_compression_encodings,
+                                send_compression_encodings,
+                            )
+                            .apply_max_message_size_config(
+                                max_decoding_message_size,
+                                max_encoding_message_size,
+                            );
+                        let res = grpc.streaming(method, req).await;
+                        Ok(res)
+                    };
+                    Box::pin(fut)
+                }
                 _ => {
                     Box::pin(async move {
                         let mut response = http::Response::new(
@@ -1515,6 +1669,29 @@ pub struct CancelJobRequest {
 pub struct CancelJobResponse {
     #[prost(message, optional, tag = "1")]
     pub header: ::core::option::Option<ResponseHeader>,
+}
+#[derive(Clone, PartialEq, Eq, Hash, ::prost::Message)]
+pub struct FollowLogsRequest {
+    /// Whose lines; of all ranks when there is none.
+    #[prost(uint32, repeated, tag = "1")]
+    pub ranks: ::prost::alloc::vec::Vec<u32>,
+    /// At most so many of those that are there already, of all chosen ranks together; all when absent.
+    #[prost(uint32, optional, tag = "2")]
+    pub tail_lines: ::core::option::Option<u32>,
+    /// Go on with what they write until the job ends.
+    #[prost(bool, tag = "3")]
+    pub follow: bool,
+}
+#[derive(Clone, PartialEq, ::prost::Message)]
+pub struct FollowLogsResponse {
+    #[prost(message, optional, tag = "1")]
+    pub header: ::core::option::Option<ResponseHeader>,
+    /// In the order of their times, as far as they arrive in it.
+    #[prost(message, repeated, tag = "2")]
+    pub lines: ::prost::alloc::vec::Vec<LogLine>,
+    /// Nothing more will come, and the caller may hang up.
+    #[prost(bool, tag = "3")]
+    pub ended: bool,
 }
 /// What became of a job.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Hash, PartialOrd, Ord, ::prost::Enumeration)]
@@ -1840,6 +2017,31 @@ pub mod job_service_client {
                 );
             self.inner.unary(req, path, codec).await
         }
+        /// The newest lines that ranks have written, and those that follow.
+        pub async fn follow_logs(
+            &mut self,
+            request: impl tonic::IntoRequest<super::FollowLogsRequest>,
+        ) -> std::result::Result<
+            tonic::Response<tonic::codec::Streaming<super::FollowLogsResponse>>,
+            tonic::Status,
+        > {
+            self.inner
+                .ready()
+                .await
+                .map_err(|e| {
+                    tonic::Status::unknown(
+                        format!("Service was not ready: {}", e.into()),
+                    )
+                })?;
+            let codec = tonic_prost::ProstCodec::default();
+            let path = http::uri::PathAndQuery::from_static(
+                "/weightcast.v1.JobService/FollowLogs",
+            );
+            let mut req = request.into_request();
+            req.extensions_mut()
+                .insert(GrpcMethod::new("weightcast.v1.JobService", "FollowLogs"));
+            self.inner.server_streaming(req, path, codec).await
+        }
     }
 }
 /// Generated server implementations.
@@ -1916,6 +2118,17 @@ pub mod job_service_server {
             tonic::Response<super::ReportProcessEndedResponse>,
             tonic::Status,
         >;
+        /// Server streaming response type for the FollowLogs method.
+        type FollowLogsStream: tonic::codegen::tokio_stream::Stream<
+                Item = std::result::Result<super::FollowLogsResponse, tonic::Status>,
+            >
+            + std::marker::Send
+            + 'static;
+        /// The newest lines that ranks have written, and those that follow.
+        async fn follow_logs(
+            &self,
+            request: tonic::Request<super::FollowLogsRequest>,
+        ) -> std::result::Result<tonic::Response<Self::FollowLogsStream>, tonic::Status>;
     }
     /// What a person or a scheduler asks of a running job.
     #[derive(Debug)]
@@ -2349,6 +2562,52 @@ pub mod job_service_server {
                                 max_encoding_message_size,
                             );
                         let res = grpc.unary(method, req).await;
+                        Ok(res)
+                    };
+                    Box::pin(fut)
+                }
+                "/weightcast.v1.JobService/FollowLogs" => {
+                    #[allow(non_camel_case_types)]
+                    struct FollowLogsSvc<T: JobService>(pub Arc<T>);
+                    impl<
+                        T: JobService,
+                    > tonic::server::ServerStreamingService<super::FollowLogsRequest>
+                    for FollowLogsSvc<T> {
+                        type Response = super::FollowLogsResponse;
+                        type ResponseStream = T::FollowLogsStream;
+                        type Future = BoxFuture<
+                            tonic::Response<Self::ResponseStream>,
+                            tonic::Status,
+                        >;
+                        fn call(
+                            &mut self,
+                            request: tonic::Request<super::FollowLogsRequest>,
+                        ) -> Self::Future {
+                            let inner = Arc::clone(&self.0);
+                            let fut = async move {
+                                <T as JobService>::follow_logs(&inner, request).await
+                            };
+                            Box::pin(fut)
+                        }
+                    }
+                    let accept_compression_encodings = self.accept_compression_encodings;
+                    let send_compression_encodings = self.send_compression_encodings;
+                    let max_decoding_message_size = self.max_decoding_message_size;
+                    let max_encoding_message_size = self.max_encoding_message_size;
+                    let inner = self.inner.clone();
+                    let fut = async move {
+                        let method = FollowLogsSvc(inner);
+                        let codec = tonic_prost::ProstCodec::default();
+                        let mut grpc = tonic::server::Grpc::new(codec)
+                            .apply_compression_config(
+                                accept_compression_encodings,
+                                send_compression_encodings,
+                            )
+                            .apply_max_message_size_config(
+                                max_decoding_message_size,
+                                max_encoding_message_size,
+                            );
+                        let res = grpc.server_streaming(method, req).await;
                         Ok(res)
                     };
                     Box::pin(fut)
