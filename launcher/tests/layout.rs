@@ -4,7 +4,7 @@
 mod common;
 
 use clap::Parser;
-use weightcast_launcher::{Environment, Launch, LaunchArgs, LaunchError, Layout, resolve};
+use weightcast_launcher::{Environment, Launch, LaunchArgs, LaunchError, Layout, ScheduledRank, resolve, scheduled_rank};
 
 #[derive(Debug, Parser)]
 struct Arguments {
@@ -193,6 +193,34 @@ fn open_mpi_starts_one_launcher_per_rank() {
     // On two hosts the address of rank 0 is not in the environment.
     let spread = [variables[0], variables[1], ("OMPI_COMM_WORLD_LOCAL_RANK", "1"), ("OMPI_COMM_WORLD_LOCAL_SIZE", "2")];
     assert!(matches!(layout_on("h", &["x"], &spread), Err(LaunchError::Unknown { .. })));
+}
+
+/// A process that is a rank itself needs no address of the others: Open MPI on two hosts says enough.
+#[test]
+fn a_scheduler_may_start_ranks_themselves() {
+    let place = |variables: &[(&str, &str)]| scheduled_rank(&Environment::of_variables(variables.iter().copied()));
+    let slurm = [
+        ("SLURM_STEP_NODELIST", "n[1-2]"),
+        ("SLURM_STEP_NUM_NODES", "2"),
+        ("SLURM_STEP_NUM_TASKS", "3"),
+        ("SLURM_PROCID", "1"),
+        ("SLURM_LOCALID", "1"),
+        ("SLURM_NODEID", "0"),
+        ("SLURM_STEP_TASKS_PER_NODE", "2,1"),
+    ];
+    let expected = ScheduledRank { rank: 1, world_size: 3, local_rank: 1, local_world_size: 2 };
+    assert_eq!(place(&slurm).expect("as srun sets them"), Some(expected));
+    let open_mpi = [
+        ("OMPI_COMM_WORLD_RANK", "3"),
+        ("OMPI_COMM_WORLD_SIZE", "4"),
+        ("OMPI_COMM_WORLD_LOCAL_RANK", "1"),
+        ("OMPI_COMM_WORLD_LOCAL_SIZE", "2"),
+    ];
+    let expected = ScheduledRank { rank: 3, world_size: 4, local_rank: 1, local_world_size: 2 };
+    assert_eq!(place(&open_mpi).expect("as mpirun sets them"), Some(expected));
+    let batch_script = [("SLURM_NTASKS", "8"), ("SLURM_PROCID", "0"), ("SLURM_JOB_NODELIST", "n[1-8]")];
+    assert_eq!(place(&batch_script).expect("not a step"), None);
+    assert_eq!(place(&[("PMI_RANK", "x")]).expect_err("no number").exit_code(), 64);
 }
 
 #[test]

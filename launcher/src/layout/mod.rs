@@ -61,6 +61,19 @@ pub struct Layout {
     pub source: String,
 }
 
+/// The place of a process that a scheduler started as one rank, without a launcher.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct ScheduledRank {
+    /// Its rank in the job.
+    pub rank: u32,
+    /// Ranks of the job.
+    pub world_size: u32,
+    /// Its index on its host.
+    pub local_rank: u32,
+    /// Ranks of its host.
+    pub local_world_size: u32,
+}
+
 /// A host and a port.
 #[derive(Clone, Debug, PartialEq, Eq, Serialize)]
 pub struct Endpoint {
@@ -78,6 +91,18 @@ impl std::fmt::Display for Endpoint {
             write!(f, "{}:{}", self.host, self.port)
         }
     }
+}
+
+/// The place that the scheduler gave to this process as one rank (`srun weightcast worker`); nothing where there is no scheduler,
+/// or one that does not say how many it has started.
+///
+/// # Errors
+/// [`LaunchError::BadValue`] for a variable of the scheduler that does not parse.
+pub fn scheduled_rank(environment: &Environment) -> Result<Option<ScheduledRank>, LaunchError> {
+    let Some(placement) = scheduler::find(environment)? else { return Ok(None) };
+    let (rank, task) = (placement.node_rank, placement.task);
+    let (local_rank, local_world_size) = task.map_or((0, 1), |task| (task.local_rank, task.local_world_size));
+    Ok(placement.nnodes.map(|world_size| ScheduledRank { rank, world_size, local_rank, local_world_size }))
 }
 
 /// Decides the layout.
