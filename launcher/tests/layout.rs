@@ -4,7 +4,9 @@
 mod common;
 
 use clap::Parser;
-use weightcast_launcher::{Environment, Launch, LaunchArgs, LaunchError, Layout, ScheduledRank, resolve, scheduled_rank};
+use weightcast_launcher::{
+    Environment, Launch, LaunchArgs, LaunchError, Layout, ScheduledRank, resolve, scheduled_rank,
+};
 
 #[derive(Debug, Parser)]
 struct Arguments {
@@ -150,6 +152,21 @@ fn a_slurm_step_with_one_launcher_per_node() {
     let layout = layout(&["--nproc-per-node=8", "x"], &variables);
     assert_eq!(numbers(&layout), (4, Some(2), 8, 16, 32));
     assert_eq!((layout.master_addr.as_deref(), layout.run_id.as_str()), (Some("node07"), "4711"));
+}
+
+/// Two jobs, or two steps of one, met at one port when they had the same first node, and the second was refused. By hand: 4711 is
+/// 48 times 98 and 7.
+#[test]
+fn slurm_jobs_that_share_a_node_meet_at_ports_of_their_own() {
+    let port = |job: &str, step: &str| {
+        let place = [("SLURM_STEP_NODELIST", "n[1-2]"), ("SLURM_STEP_NUM_NODES", "2"), ("SLURM_NODEID", "0")];
+        let layout = layout(&["x"], &[&place[..], &[("SLURM_JOB_ID", job), ("SLURM_STEP_ID", step)]].concat());
+        layout.endpoint.expect("two nodes").port
+    };
+    assert_eq!(
+        [port("4711", "0"), port("4711", "1"), port("4712", "0"), port("4703", "0")],
+        [29_409, 29_410, 29_410, 29_499]
+    );
 }
 
 #[test]

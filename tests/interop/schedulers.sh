@@ -222,6 +222,7 @@ SchedulerParameters=sched_interval=2,bf_interval=2
 ProctrackType=proctrack/pgid
 TaskPlugin=task/none
 SelectType=select/cons_tres
+SelectTypeParameters=CR_Core
 MpiDefault=none
 ReturnToService=2
 SlurmdParameters=config_overrides
@@ -275,6 +276,8 @@ slurm() {
     contract "srun, a step smaller than its allocation" 2 rank salloc -Q -N2 --ntasks-per-node=2 srun -N1 -n2 weightcast launch $run
     contract "salloc without srun: this launcher alone" 2 node salloc -Q -N2 weightcast launch --nproc-per-node 2 $run
   }
+  # shellcheck disable=SC2086
+  slurm_shared $run
   start slurm-code srun -N2 --ntasks-per-node=1 weightcast launch --nproc-per-node 2 --no-python bash -c 'exit $((RANK == 3 ? 42 : 0))'
   ended 60
   expect_end "srun passes on a rank's exit code" 42 ""
@@ -294,6 +297,18 @@ slurm() {
   kill -KILL "$(rank_process 3)"
   batch_ended 30
   expect_end "slurm.sbatch: a rank killed ends all after $((SECONDS - began)) s" 137 ""
+}
+
+# slurm_shared PROGRAM...: two jobs whose first node is the same.
+slurm_shared() {
+  local first first_said
+  start slurm-first srun -N2 --ntasks-per-node=1 weightcast launch --no-python bash -c "touch $work/first; sleep 5"
+  first=$started first_said=$said
+  within 30 test -e "$work/first"
+  contract "srun, two jobs at once on the same nodes" 2,2 node srun -N2 --ntasks-per-node=1 weightcast launch --nproc-per-node 2 "$@"
+  started=$first said=$first_said
+  ended 30
+  expect_end "srun, the other of the two jobs" 0 ""
 }
 
 # Ranks without launchers: their places from SLURM_* alone.

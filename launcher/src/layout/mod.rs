@@ -21,6 +21,8 @@ const ENDPOINT_PORT: u16 = 29_400;
 /// The port of the rendezvous when it is derived from rank 0's address: not torchrun's `MASTER_PORT` (29500), and not that
 /// of a coordinator on the same host (29400, 29401).
 const DERIVED_PORT: u16 = 29_402;
+/// Where a scheduler lets jobs share hosts, theirs follow it: as many ports, up to torchrun's `MASTER_PORT`.
+const DERIVED_PORTS: u32 = 98;
 /// No launcher starts more ranks.
 const RANKS_LIMIT: u32 = 4096;
 
@@ -155,7 +157,11 @@ pub fn resolve(args: &LaunchArgs, environment: &Environment) -> Result<Layout, L
     };
     let endpoint = match setting("--rdzv-endpoint", &args.rdzv_endpoint).filter(|_| nnodes > 1) {
         Some(setting) => Some(setting.parse("HOST[:PORT]", endpoint_of)?),
-        None => master_addr.clone().filter(|_| nnodes > 1).map(|host| Endpoint { host, port: DERIVED_PORT }),
+        None => {
+            let sharer = placement.as_ref().map_or(0, |place| place.sharer);
+            let port = DERIVED_PORT + u16::try_from(sharer % DERIVED_PORTS).unwrap_or(0);
+            master_addr.clone().filter(|_| nnodes > 1).map(|host| Endpoint { host, port })
+        }
     };
     let source = words(standalone, given_nodes.is_some(), args, placement.as_ref());
     if nnodes > 1 && endpoint.is_none() {
