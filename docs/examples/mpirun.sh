@@ -37,6 +37,8 @@ setsid mpirun ${MPIRUN_FLAGS:-} --hostfile "$hosts" --map-by "ppr:$per_host:node
   weightcast launch --rdzv-endpoint "$here:$((port + 3))" --coordinator "$here:$port" --token-file "$state/token" </dev/null &
 await $!
 launched=$?
+# Launchers that failed may leave a coordinator that waits for their ranks.
+[ $launched = 0 ] || kill -TERM $coordinator 2>/dev/null
 await $coordinator
 coordinated=$?
 # What a rank failed with is its launcher's code. 0 and 75 hold where the coordinator knows of nothing worse.

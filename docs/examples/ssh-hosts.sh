@@ -45,6 +45,8 @@ launched=0
 for launcher in "${launchers[@]}"; do
   await "$launcher" || launched=$?
 done
+# Launchers that failed may leave a coordinator that waits for their ranks.
+[ $launched = 0 ] || kill -TERM $coordinator 2>/dev/null
 await $coordinator
 coordinated=$?
 # What a rank failed with is its launcher's code. 0 and 75 hold where the coordinator knows of nothing worse.

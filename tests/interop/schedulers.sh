@@ -294,7 +294,7 @@ slurm() {
   submit slurm-kill
   within 60 trains slurm-kill || fail "slurm.sbatch trains" "no step" "$said"
   began=$SECONDS
-  kill -KILL "$(rank_process 3)"
+  kill -KILL "$(rank_process 3)" 2>/dev/null
   batch_ended 30
   expect_end "slurm.sbatch: a rank killed ends all after $((SECONDS - began)) s" 137 ""
 }
@@ -405,6 +405,9 @@ Host *
   BatchMode yes
   LogLevel ERROR
 CONF
+  # Only root's sshd can give a terminal; without one, ranks outlive an ssh that was killed.
+  remote="ssh -F $place/config"
+  [ "$(id -u)" != 0 ] || remote="ssh -tt -F $place/config"
   # Where root's sshd keeps its unprivileged half.
   [ "$(id -u)" != 0 ] || mkdir -p /run/sshd
   "$(command -v sshd)" -f "$place/sshd_config" -E "$place/sshd.log" || return 1
@@ -416,7 +419,7 @@ example() {
   local port
   read -r port < <(ports 1)
   said=$work/$1.out mark=$work/jobs
-  WEIGHTCAST_TEST_MARK=$work/jobs/ssh WEIGHTCAST_PORT=$port STATE_DIRECTORY=$work/state-$1 REMOTE_SHELL="ssh -tt -F $work/ssh/config" \
+  WEIGHTCAST_TEST_MARK=$work/jobs/ssh WEIGHTCAST_PORT=$port STATE_DIRECTORY=$work/state-$1 REMOTE_SHELL="$remote" \
     bash "$examples/$2" "$work/$1.toml" "$3" 2 >"$said" 2>&1 </dev/null &
   started=$!
 }
@@ -440,7 +443,7 @@ whole_jobs() {
   example "$name-kill" "$script" "$hosts"
   within 60 trains "$name-kill" || fail "$script trains" "no step" "$said"
   began=$SECONDS
-  kill -KILL "$(rank_process 3)"
+  kill -KILL "$(rank_process 3)" 2>/dev/null
   ended 30
   expect_end "$script: a rank killed ends all after $((SECONDS - began)) s" 137 ""
 }
@@ -474,17 +477,33 @@ mpi() {
 }
 
 ssh_hosts() {
-  local why port run="$here/contract.py rank $work/contract" remote
+  local why port run="$here/contract.py rank $work/contract"
   if why=$(lacks sshd ssh ssh-keygen); then skip ssh "$why"; return; fi
   if ! sshd_starts; then fail "sshd starts" "no answer" "$work/ssh/sshd.log"; return; fi
   printf '127.20.91.1\n\n127.20.91.2\n' >"$work/hosts-ssh"
   read -r port < <(ports 1)
-  remote="ssh -tt -F $work/ssh/config"
   contract "ssh to two hosts" 2,2 node bash -c "for node in 1 2; do
       $remote 127.20.91.\$node weightcast launch --nnodes 2 --node-rank \$((node - 1)) --nproc-per-node 2 \
         --rdzv-endpoint 127.20.91.1:$port $run </dev/null & launchers+=(\$!)
     done; for launcher in \${launchers[@]}; do wait \$launcher || exit; done"
   whole_jobs ssh ssh-hosts.sh "$work/hosts-ssh"
+
+  # Nobody listens there: the launchers cannot be started, and nobody will come.
+  echo 127.20.91.3 >"$work/hosts-none"
+  job_file ssh-none load
+  example ssh-none ssh-hosts.sh "$work/hosts-none"
+  ended 30
+  expect_end "ssh-hosts.sh: hosts out of reach end the job with ssh's code" 255 ""
+  [ "$(id -u)" = 0 ] || { skip "ssh that is killed" "sshd of another user than root gives no terminal"; return; }
+  job_file ssh-lost train
+  example ssh-lost ssh-hosts.sh "$work/hosts-ssh"
+  within 60 trains ssh-lost || fail "ssh-hosts.sh trains" "no step" "$said"
+  # By their parent: what they have started on the hosts has the same mark.
+  kill -KILL "$(pgrep -P $started -f 127.20.91.2)" 2>/dev/null
+  ended 30
+  # 137 is the ssh's own, 129 that of ranks that hear of the lost terminal.
+  case $code in 129 | 137) code="an end" ;; esac
+  expect_end "ssh-hosts.sh: an ssh that is killed ends the job everywhere" "an end" ""
 }
 
 # --- clocks of hosts apart --------------------------------------------------------------------------------------------------------
