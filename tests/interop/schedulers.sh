@@ -512,7 +512,7 @@ ssh_hosts() {
 # Monotonic clocks and the times of files, which a host has from its kernel and its file server, are not.
 fake() {
   faked=(env "LD_PRELOAD=$faketime" "FAKETIME_TIMESTAMP_FILE=$work/clock-$1" FAKETIME_NO_CACHE=1 FAKETIME_DONT_FAKE_MONOTONIC=1
-    NO_FAKE_STAT=1 FAKETIME_DISABLE_SHM=1)
+    NO_FAKE_STAT=1)
 }
 
 # set_clock NAME OFFSET
@@ -612,6 +612,8 @@ clocks() {
   first=$step
   kill -KILL "$coordinator"
   wait "$coordinator" 2>/dev/null
+  # What libfaketime removes at a process's own end.
+  rm -f "/dev/shm/faketime_shm_$coordinator" "/dev/shm/sem.faketime_sem_$coordinator"
   set_clock coordinator -1h
   coordinator_starts clock-save
   started=$coordinator
