@@ -290,6 +290,13 @@ slurm() {
   slurm_cancel
   slurm_requeue
 
+  # It listens for IPv4 alone: the ranks give up, and the coordinator, which nobody has called, is told to end.
+  job_file slurm-lost load
+  COORDINATOR_HOST='[::1]' submit slurm-lost
+  batch_ended 60
+  in_state FAILED || code="$code, in state $(field JobState)"
+  expect_end "slurm.sbatch: ranks that do not reach the coordinator end the job, which is not started again" 69 ""
+
   job_file slurm-kill train
   submit slurm-kill
   within 60 trains slurm-kill || fail "slurm.sbatch trains" "no step" "$said"
