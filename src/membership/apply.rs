@@ -46,6 +46,11 @@ impl Membership {
             }
             Event::Trained { member, generation } => self.trained(&member, generation),
             Event::SaveRequested { step, request } => self.save_requested(step, request),
+            Event::SaveRequestSeen { member, request } => {
+                self.current(&member)?;
+                self.save_request = self.save_request.max(request);
+                Ok(Vec::new())
+            }
             Event::UnloadRequested(model) => self.unload_requested(model),
             Event::NextJob { after_load, resumed } => self.next_job(after_load, resumed),
             Event::StopRequested => self.stop_requested(),

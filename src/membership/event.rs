@@ -203,6 +203,13 @@ pub enum Event {
         /// The number of the request, higher than those before it.
         request: u64,
     },
+    /// A rank that watches again has seen this request for a checkpoint; a coordinator that was started again may not know of it.
+    SaveRequestSeen {
+        /// The member.
+        member: String,
+        /// The number of the request.
+        request: u64,
+    },
     /// Somebody asks the ranks to let a model go, which the job has beside its own.
     UnloadRequested(String),
     /// The next job of the queue, for ranks that hold.
@@ -257,6 +264,7 @@ impl Event {
             Self::SnapshotTaken { .. } => "coordinator.snapshot-taken",
             Self::Trained { .. } => "coordinator.trained",
             Self::SaveRequested { .. } => "coordinator.save-requested",
+            Self::SaveRequestSeen { .. } => "coordinator.save-request-seen",
             Self::UnloadRequested(_) => "coordinator.unload-requested",
             Self::NextJob { .. } => "coordinator.next-job",
             Self::StopRequested => "coordinator.stop-requested",

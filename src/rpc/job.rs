@@ -62,9 +62,13 @@ impl JobService for JobServer {
             let message = "the job has no checkpoint directory";
             return Err(refused(Code::FailedPrecondition, "no-checkpoints", message));
         };
-        // Rises from one coordinator of a job to the next.
-        let asked = u64::try_from(crate::clock::unix_ns()).unwrap_or(u64::MAX);
-        let trains = self.coordinator.views().borrow().is_training;
+        // Rises from one coordinator of a job to the next, also when the clock is set back.
+        let now = u64::try_from(crate::clock::unix_ns()).unwrap_or(0);
+        let (asked, trains) = {
+            let views = self.coordinator.views();
+            let view = views.borrow();
+            (now.max(view.save_request + 1), view.is_training)
+        };
         let event = Event::SaveRequested { step, request: asked };
         self.coordinator.apply(event).await.map_err(|refusal| status(&refusal))?;
         let mut views = self.coordinator.views();

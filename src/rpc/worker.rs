@@ -91,9 +91,13 @@ impl WorkerService for WorkerServer {
     type WatchStream = ResponseStream<v1::WatchResponse>;
 
     async fn watch(&self, request: Request<v1::WatchRequest>) -> Result<Response<Self::WatchStream>, Status> {
-        let member = request.into_inner().member_id;
+        let v1::WatchRequest { member_id: member, save_request } = request.into_inner();
         validate::id("member_id", &member)?;
         let coordinator = self.coordinator.clone();
+        if save_request > 0 {
+            // Of a member that is none, the watch itself says so.
+            let _ = self.apply(Event::SaveRequestSeen { member: member.clone(), request: save_request }).await;
+        }
         let follower = coordinator.follow();
         {
             let views = coordinator.views();

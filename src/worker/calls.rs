@@ -99,23 +99,25 @@ pub(super) async fn join_and_watch(
     join: &v1::JoinRequest,
 ) -> Result<(Joined, Streaming<v1::WatchResponse>), WorkerError> {
     let member = send_join(clients, config, join).await?;
-    let snapshots =
-        open_watch(clients, config, &member.id).await.map_err(|status| match refused(config, "watch")(status) {
+    let snapshots = open_watch(clients, config, (&member.id, 0)).await.map_err(|status| {
+        match refused(config, "watch")(status) {
             WorkerError::Stale { rank, message } => {
                 WorkerError::Refused { rank, action: "watch", message, kind: Kind::Unavailable }
             }
             error => error,
-        })?;
+        }
+    })?;
     Ok((member, snapshots))
 }
 
-/// A watch has no deadline: keepalive ends it when the coordinator is gone.
+/// A watch has no deadline: keepalive ends it when the coordinator is gone. The member says which request for a checkpoint it has
+/// seen.
 pub(super) async fn open_watch(
     clients: &mut Clients,
     config: &WorkerConfig,
-    member: &str,
+    (member, save_request): (&str, u64),
 ) -> Result<Streaming<v1::WatchResponse>, tonic::Status> {
-    let mut message = tonic::Request::new(v1::WatchRequest { member_id: member.to_owned() });
+    let mut message = tonic::Request::new(v1::WatchRequest { member_id: member.to_owned(), save_request });
     let header = config.token.header().map_err(|error| tonic::Status::unauthenticated(error.to_string()))?;
     message.metadata_mut().insert("authorization", header);
     Ok(clients.worker.watch(message).await?.into_inner())

@@ -120,7 +120,7 @@ impl Session {
     async fn rejoin(&mut self) -> Result<Snapshots, WorkerError> {
         self.clients = connect(&self.config).await?;
         let member = self.member.borrow().clone();
-        let opened = open_watch(&mut self.clients, &self.config, &member).await;
+        let opened = open_watch(&mut self.clients, &self.config, (&member, self.save_request)).await;
         let snapshots = match opened.map_err(refused(&self.config, "watch")) {
             // Before its generation was formed, a rank is known to nobody but the coordinator that has gone.
             Err(WorkerError::Stale { .. }) if self.generation == 0 => {
@@ -183,7 +183,7 @@ impl Session {
     async fn watch_the_end(&mut self) -> Result<Snapshots, WorkerError> {
         self.clients = connect(&self.config).await?;
         let member = self.member.borrow().clone();
-        open_watch(&mut self.clients, &self.config, &member).await.map_err(refused(&self.config, "watch"))
+        open_watch(&mut self.clients, &self.config, (&member, 0)).await.map_err(refused(&self.config, "watch"))
     }
 
     /// Ends what the data thread does, and gives it a port that the generation's peers do not know. The generation whose load is

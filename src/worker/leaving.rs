@@ -1,4 +1,4 @@
-//! The signal that asks this rank to end: its host is being taken away.
+//! The signals that ask this rank to end, SIGTERM and SIGHUP: its host is being taken away, or its launcher's connection.
 //!
 //! Owns: hearing it, telling the coordinator, and the word whether that was done. Refuses to know: what is saved before the end.
 
@@ -9,6 +9,7 @@ use tokio::signal::unix::{SignalKind, signal};
 use tokio::sync::watch;
 
 use super::calls::{connect, drain};
+use super::proc_stat::ignores_hangup;
 use super::{WorkerConfig, WorkerError};
 use crate::tasks::Tasks;
 
@@ -35,14 +36,32 @@ enum Asked {
 }
 
 impl Leaving {
-    /// On SIGTERM asks the coordinator for an orderly end: of the job when all ranks are asked, else of this rank.
-    pub(super) fn on_sigterm(config: &WorkerConfig, tasks: &mut Tasks) -> Result<Self, WorkerError> {
+    /// On a signal asks the coordinator for an orderly end: of the job when all ranks are asked, else of this rank.
+    pub(super) fn on_signals(config: &WorkerConfig, tasks: &mut Tasks) -> Result<Self, WorkerError> {
         let mut terminate = signal(SignalKind::terminate())
             .map_err(|source| WorkerError::System { what: "handling SIGTERM", source })?;
+        // A terminal or a connection that is closed takes the launcher away; who runs under nohup stays.
+        let mut hangup = match ignores_hangup() {
+            true => None,
+            false => Some(
+                signal(SignalKind::hangup())
+                    .map_err(|source| WorkerError::System { what: "handling SIGHUP", source })?,
+            ),
+        };
         let leaving = Self::default();
         let (own, config) = (leaving.clone(), config.clone());
         tasks.spawn("leave", async move {
-            while terminate.recv().await.is_some() {
+            loop {
+                let hung_up = async {
+                    match &mut hangup {
+                        Some(hangup) => drop(hangup.recv().await),
+                        None => std::future::pending().await,
+                    }
+                };
+                tokio::select! {
+                    _ = terminate.recv() => {}
+                    () = hung_up => {}
+                }
                 tokio::time::sleep(CULPRIT_FIRST).await;
                 own.0.asked.send_replace(Asked::Yes);
                 own.tell(&config).await;

@@ -45,7 +45,7 @@ const COMMANDS: usize = 64;
 pub async fn run(config: WorkerConfig) -> Result<Ended, WorkerError> {
     survive_file_size_limit().map_err(|source| WorkerError::System { what: "handling SIGXFSZ", source })?;
     let mut tasks = Tasks::new();
-    let leaving = Leaving::on_sigterm(&config, &mut tasks)?;
+    let leaving = Leaving::on_signals(&config, &mut tasks)?;
     let offer = Offer::look(&config)?;
     let Some((mut session, port, mut snapshots)) = Session::begin(config, &offer, &leaving).await? else {
         return Ok(Ended::Preempted);
@@ -96,6 +96,8 @@ pub(super) struct Session {
     unloaded: BTreeSet<String>,
     /// 0 until one is formed.
     pub(super) generation: u64,
+    /// The newest request for a checkpoint that was seen in it.
+    pub(super) save_request: u64,
     /// To be said again to a coordinator that was restarted.
     pub(super) reported: Reported,
     pub(super) leaving: Leaving,
@@ -131,6 +133,7 @@ impl Session {
             saving: None,
             unloaded: BTreeSet::new(),
             generation: 0,
+            save_request: 0,
             reported: Reported::default(),
             leaving: leaving.clone(),
             fenced: Arc::default(),
@@ -255,6 +258,7 @@ impl Session {
                 if snapshot.stop {
                     control.stop();
                 }
+                self.save_request = self.save_request.max(snapshot.save_request);
                 control.request_save(snapshot.save_request);
                 control.saves(granted, snapshot.committed_step.map(Step));
                 if !self.training {
@@ -284,6 +288,7 @@ impl Session {
     fn begin_generation(&mut self, generation: u64) {
         self.generation = generation;
         (self.training, self.saving, self.reported) = (false, None, Reported::default());
+        self.save_request = 0;
         self.unloaded.clear();
         self.watched.borrow().control.reset();
     }

@@ -251,6 +251,9 @@ pub struct JoinResponse {
 pub struct WatchRequest {
     #[prost(string, tag = "1")]
     pub member_id: ::prost::alloc::string::String,
+    /// The newest save_request that the rank has seen in this generation, for a coordinator that was started again.
+    #[prost(uint64, tag = "2")]
+    pub save_request: u64,
 }
 #[derive(Clone, PartialEq, Eq, Hash, ::prost::Message)]
 pub struct WatchResponse {
