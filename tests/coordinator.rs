@@ -35,14 +35,12 @@ fn address(coordinator: &mut Job) -> String {
     found.expect("just found")
 }
 
-/// Two nodes of two ranks; the rendezvous of the launchers is at a port that the system just had free.
+/// Two nodes of two ranks.
 fn nodes(place: &Place, address: &str) -> [Job; 2] {
-    let port = std::net::TcpListener::bind("127.0.0.1:0").and_then(|free| free.local_addr()).expect("a port").port();
-    let (endpoint, token) = (format!("127.0.0.1:{port}"), place.path("state/token"));
+    let token = place.path("state/token");
     ["0", "1"].map(|node| {
         let layout = ["launch", "--nnodes", "2", "--node-rank", node, "--nproc-per-node", "2"];
-        let meeting = ["--rdzv-endpoint", &endpoint, "--coordinator", address, "--token-file", &token];
-        place.start(&[&layout[..], &meeting].concat())
+        place.start(&[&layout[..], &["--coordinator", address, "--token-file", &token]].concat())
     })
 }
 

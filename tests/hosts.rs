@@ -192,7 +192,7 @@ fn a_job_on_three_hosts() {
     let launch = |node: usize| {
         let node_rank = node.to_string();
         let place_of_node = ["launch", "--nnodes", "2", "--node-rank", &node_rank, "--nproc-per-node", "1"];
-        let job = ["--coordinator", "c:29400", "--token-file", &token, "--rdzv-endpoint", "a:29403"];
+        let job = ["--coordinator", "c:29400", "--token-file", &token];
         place.start_command(hosts[node].adopt(place.command(&[&place_of_node[..], &job].concat())))
     };
     let nodes = [launch(1), launch(0)];

@@ -15,8 +15,6 @@ use crate::support::{Ended, Job, MODEL, PATIENCE, Place, until};
 const FIGURES: SocketAddr = SocketAddr::new(std::net::IpAddr::V4(Ipv4Addr::LOCALHOST), 8080);
 /// How long ranks and coordinator wait for each other, in seconds: longer than any partition.
 const REJOIN_SECONDS: &str = "120";
-/// How launchers of several nodes meet.
-const RENDEZVOUS: &[&str] = &["--rdzv-endpoint", "node0:29403"];
 
 /// The figures of the coordinator, by name with labels.
 pub(crate) type Figures = BTreeMap<String, f64>;
@@ -125,7 +123,7 @@ impl Cluster {
             let node = node.to_string();
             let arguments = ["launch", "--nnodes", &world, "--node-rank", &node, "--nproc-per-node", "1"];
             let job = ["--coordinator", "coordinator:29400", "--token-file", &token];
-            self.start_on(host, &[&arguments[..], &job, RENDEZVOUS].concat(), faults)
+            self.start_on(host, &[&arguments[..], &job].concat(), faults)
         };
         self.launchers = self.nodes.iter().enumerate().map(launch).collect();
     }
