@@ -137,7 +137,7 @@ async fn calls(place: &Place, address: &str, token: &Token) {
     let stale = v1::ReportTrainedRequest { member_id: member_id.clone(), generation: 99, ..Default::default() };
     let stale = request(token, stale).expect("the token");
     expect_refused(clients.worker.report_trained(stale).await, Code::Aborted, "another generation");
-    let unknown = v1::WatchRequest { member_id: "17-4".to_owned() };
+    let unknown = v1::WatchRequest { member_id: "17-4".to_owned(), save_request: 0 };
     let unknown = clients.worker.watch(request(token, unknown).expect("the token")).await;
     expect_refused(unknown, Code::Aborted, "an unknown member");
     for name in ["../../../escaped", "/tmp/escaped", "..", "a/b"] {

@@ -25,7 +25,7 @@ use crate::load::LoadReport;
 use crate::membership::Event;
 use crate::rpc::{Access, Listener, Security, ServeError, Token, TokenError, serve};
 use crate::store::absolute;
-use crate::tasks::{Tasks, blocking, survive_file_size_limit};
+use crate::tasks::{Tasks, blocking, raise_file_limit, survive_file_size_limit};
 use crate::tls::{Tls, TlsError, TlsFiles};
 
 /// How long those who follow the job may take to hear of its end.
@@ -154,6 +154,7 @@ pub async fn coordinate(
         return Err(CoordinateError::NotLoopback { address: place.listen });
     }
     survive_file_size_limit().map_err(|source| CoordinateError::Signals { source })?;
+    raise_file_limit();
     let mut tasks = Tasks::new();
     let observers = Observers::bind(place.observe, audience.note, &mut tasks).await?;
     let is_new = rustix::fs::stat(&place.state_directory).is_err();
@@ -216,10 +217,13 @@ pub async fn coordinate(
     Ok(Coordinated { view, loads, preempted, output })
 }
 
+/// Plans a job.
+type Prepare = dyn Fn(&JobConfig) -> Result<Prepared, PrepareError> + Send + Sync;
+
 /// Makes the coordinator's own job of its configuration, as often as it is needed.
 struct Maker {
     config: JobConfig,
-    prepare: Box<dyn Fn(&JobConfig) -> Result<Prepared, PrepareError> + Send + Sync>,
+    prepare: Box<Prepare>,
     /// The entry of the cache is the job's until the end.
     claim: Mutex<Vec<CacheClaim>>,
 }

@@ -64,7 +64,7 @@ pub async fn join(
     let written = Arc::clone(&lines);
     let (mut processes, mut restarts_left) = (BTreeMap::new(), 0);
     let most = launch.max_restarts;
-    let mut watch = move |event| match event {
+    let watch = Mutex::new(move |event| match event {
         LaunchEvent::AttemptStarted { restart_count } => restarts_left = most.saturating_sub(restart_count),
         LaunchEvent::RankStarted { rank, pid } => drop(processes.insert(rank, pid)),
         LaunchEvent::RankExited { rank, end, .. } if !end.is_success() => {
@@ -76,8 +76,7 @@ pub async fn join(
         }
         LaunchEvent::Note { text } => note(&text),
         _ => {}
-    };
-    let watch = Mutex::new(move |event| watch(event));
+    });
     launch.on_event = Some(EventSink::new(move |event| match event {
         LaunchEvent::Line { rank, stream, text } => written.push(rank, stream, text),
         event => watch.lock().unwrap_or_else(PoisonError::into_inner)(event),

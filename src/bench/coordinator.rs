@@ -9,6 +9,7 @@ use super::load::{LoadBench, make_model};
 use super::{BenchError, Figure, float};
 use crate::plan::Strategy;
 use crate::rpc::{SwarmTimes, Token, swarm};
+use crate::tasks::raise_file_limit;
 
 /// How long renewals alone are watched.
 const STEADY: Duration = Duration::from_secs(3);
@@ -105,15 +106,6 @@ impl Drop for Process {
         // It holds nothing that anybody needs.
         let _ = self.child.kill();
         let _ = self.child.wait();
-    }
-}
-
-fn raise_file_limit() {
-    use rustix::process::{Resource, getrlimit, setrlimit};
-    let mut limit = getrlimit(Resource::Nofile);
-    limit.current = limit.maximum;
-    if let Err(errno) = setrlimit(Resource::Nofile, limit) {
-        tracing::warn!(%errno, "the limit of open files stays");
     }
 }
 

@@ -319,7 +319,7 @@ impl Membership {
         let members: Vec<_> =
             self.members.iter().flatten().map(|member| (member.id.clone(), member.info.clone())).collect();
         // Decided once for the generation: ranks that look later must not see anything else.
-        let held = members.first().map_or(Generation::default(), |(_, info)| info.holds);
+        let held = members.first().map_or_else(Generation::default, |(_, info)| info.holds);
         self.keeps_base = held != Generation::default() && members.iter().all(|(_, info)| info.holds == held);
         Effect::PersistGeneration(Formed { generation: self.generation.next(), members, keeps_base: self.keeps_base })
     }

@@ -5,12 +5,36 @@ use std::time::Duration;
 use super::{Cause, Member, Membership};
 use crate::clock::Instant;
 use crate::error::Kind;
+use crate::types::WorldSize;
 
 /// A rank that has not renewed for this long is lost. With a tick of 100 ms the loss is seen within 3.2 s.
 pub const LEASE: Duration = Duration::from_millis(3000);
 
 /// How often a rank renews: five chances before its lease ends.
-pub const RENEW_INTERVAL: Duration = Duration::from_millis(500);
+const RENEW_INTERVAL: Duration = Duration::from_millis(500);
+
+/// Up to so many ranks have the times above. 4,096 renewals a second take about a processor (docs/MEASUREMENTS.md); in a larger
+/// world they do not become more, and leases last longer instead.
+const RANKS_AT_FULL_RATE: u32 = 2048;
+
+/// The times of a world's leases.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct LeaseTimes {
+    /// A rank that has not renewed for this long is lost.
+    pub lease: Duration,
+    /// How often a rank renews.
+    pub renew_interval: Duration,
+}
+
+impl LeaseTimes {
+    /// Of a world of this size.
+    #[must_use]
+    pub fn of(world: WorldSize) -> Self {
+        let ranks = world.get().max(RANKS_AT_FULL_RATE);
+        let scaled = |time: Duration| time * ranks / RANKS_AT_FULL_RATE;
+        Self { lease: scaled(LEASE), renew_interval: scaled(RENEW_INTERVAL) }
+    }
+}
 
 /// How often leases are looked at.
 pub const TICK: Duration = Duration::from_millis(100);
@@ -31,14 +55,23 @@ impl Membership {
         }
     }
 
+    /// How long a rank may be silent.
+    fn lease(&self) -> Duration {
+        LeaseTimes::of(self.settings.world).lease
+    }
+
+    pub(super) fn is_silent(&self, member: &Member, now: Instant) -> bool {
+        now.saturating_duration_since(member.renewed) > self.lease()
+    }
+
     pub(super) fn are_all_silent(&self, now: Instant) -> bool {
-        self.members.iter().flatten().all(|member| is_silent(member, now))
+        self.members.iter().flatten().all(|member| self.is_silent(member, now))
     }
 
     /// The rank whose lease has ended, if one has. Where ranks may come back, one is lost only if another is heard: when nobody is,
     /// it is this process that is cut off, and the ranks go on without it; but not for ever.
     pub(super) fn expired(&self, now: Instant) -> Option<Cause> {
-        let silent = self.members.iter().flatten().find(|member| is_silent(member, now))?;
+        let silent = self.members.iter().flatten().find(|member| self.is_silent(member, now))?;
         if let Some(rejoin) = self.settings.rejoin
             && self.are_all_silent(now)
             && now.saturating_duration_since(silent.renewed) < rejoin
@@ -53,7 +86,7 @@ impl Membership {
                 silent.info.rank,
                 silent.info.process_id,
                 silent.info.host,
-                LEASE.as_secs_f64()
+                self.lease().as_secs_f64()
             ),
             exit_code: Kind::Deadline.exit_code(),
         })
@@ -78,8 +111,4 @@ impl Membership {
         }
         Some(Cause { rank: None, message, exit_code: Kind::Deadline.exit_code() })
     }
-}
-
-pub(super) fn is_silent(member: &Member, now: Instant) -> bool {
-    now.saturating_duration_since(member.renewed) > LEASE
 }

@@ -28,7 +28,7 @@ use serde::{Deserialize, Serialize};
 
 pub use event::{Blame, Effect, Event, ExitPolicy, JoinInfo, Progress, Refusal, STALE, TrainingProgress};
 pub use figures::RankFigures;
-pub use leases::{LEASE, RENEW_INTERVAL, TICK};
+pub use leases::{LEASE, LeaseTimes, TICK};
 
 use crate::clock::Instant;
 use crate::manifest::ShardReceipt;

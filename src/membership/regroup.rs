@@ -4,7 +4,6 @@
 //! Owns: what a loss means, who may take the place of a rank, what becomes of ranks that are asked to leave.
 //! Refuses to know: how a job is made anew from a checkpoint (the shell's [`Effect::RemakeJob`]).
 
-use super::leases::is_silent;
 use super::{AfterLoad, Cause, Effect, JoinInfo, Membership, Phase, Refusal, Settings};
 use crate::clock::Instant;
 use crate::error::Kind;
@@ -84,7 +83,7 @@ impl Membership {
             return Err(Refusal::RankTaken { rank, process_id, host });
         }
         let is_same = process_id == info.process_id && host == info.host;
-        if !is_same && !is_silent(holder, now) {
+        if !is_same && !self.is_silent(holder, now) {
             return Err(Refusal::RankHeld { rank, process_id, host });
         }
         let message = format!("rank {rank} (process {process_id} on {host}) has begun anew");
@@ -105,9 +104,10 @@ impl Membership {
 
     /// While ranks join, one that falls silent only loses its place.
     pub(super) fn vacate_silent(&mut self, now: Instant) {
-        for place in &mut self.members {
-            if place.as_ref().is_some_and(|member| is_silent(member, now)) {
-                *place = None;
+        for index in 0..self.members.len() {
+            let member = self.members.get(index).and_then(Option::as_ref);
+            if member.is_some_and(|member| self.is_silent(member, now)) {
+                self.vacate(index);
             }
         }
     }

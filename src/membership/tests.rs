@@ -411,3 +411,16 @@ fn a_stop_leaves_the_ranks() {
     job.apply(Event::NextJob { after_load: RESIDENT, resumed: false }).expect("it holds");
     assert!(!job.membership.is_stopping());
 }
+
+/// Renewals of all ranks together do not grow beyond 4,096 a second, and each lease still has room for five.
+#[test]
+fn leases_of_large_worlds_last_longer() {
+    let times = |world| LeaseTimes::of(WorldSize::new(world).expect("not zero"));
+    let milliseconds = |lease, interval| LeaseTimes {
+        lease: Duration::from_millis(lease),
+        renew_interval: Duration::from_millis(interval),
+    };
+    assert_eq!(times(1), milliseconds(3000, 500));
+    assert_eq!(times(2048), milliseconds(3000, 500));
+    assert_eq!(times(8192), milliseconds(12_000, 2000));
+}

@@ -65,10 +65,11 @@ struct Rank {
     clients: Clients,
     token: Token,
     member: String,
+    renew_interval: Duration,
     snapshots: Streaming<v1::WatchResponse>,
 }
 
-/// Has `ranks` ranks join the coordinator at `address`, renew their leases twice a second, and pass one barrier; then calls
+/// Has `ranks` ranks join the coordinator at `address`, renew their leases as often as they are told, and pass one barrier; then calls
 /// `measured` while they still renew, and ends them after that.
 ///
 /// # Errors
@@ -94,7 +95,8 @@ pub async fn swarm<R>(
     let mut renewing = JoinSet::new();
     let mut forming = JoinSet::new();
     for rank in joined {
-        renewing.spawn(renew(rank.clients.clone(), rank.token.clone(), rank.member.clone(), ends.clone()));
+        let member = (rank.member.clone(), rank.renew_interval);
+        renewing.spawn(renew(rank.clients.clone(), rank.token.clone(), member, ends.clone()));
         forming.spawn(rank.until(v1::Phase::Loading));
     }
     let mut formed_ranks = all(forming).await?;
@@ -134,8 +136,13 @@ async fn all<T: 'static>(mut tasks: JoinSet<Result<T, SwarmError>>) -> Result<Ve
     Ok(results)
 }
 
-async fn renew(mut clients: Clients, token: Token, member_id: String, mut over: watch::Receiver<()>) {
-    let mut ticks = tokio::time::interval(crate::membership::RENEW_INTERVAL);
+async fn renew(
+    mut clients: Clients,
+    token: Token,
+    (member_id, interval): (String, Duration),
+    mut over: watch::Receiver<()>,
+) {
+    let mut ticks = tokio::time::interval(interval);
     loop {
         tokio::select! {
             _ = ticks.tick() => {}
@@ -169,11 +176,12 @@ impl Rank {
         };
         let refused = |status: tonic::Status| SwarmError::Refused { rank: number, message: describe_status(&status) };
         let request = patient_request(&token, join, DEADLINE)?;
-        let member = clients.worker.join(request).await.map_err(refused)?.into_inner().member_id;
+        let joined = clients.worker.join(request).await.map_err(refused)?.into_inner();
+        let (member, renew_interval) = (joined.member_id, Duration::from_millis(joined.renew_interval_ms.into()));
         let mut request = tonic::Request::new(v1::WatchRequest { member_id: member.clone(), save_request: 0 });
         request.metadata_mut().insert("authorization", token.header()?);
         let snapshots = clients.worker.watch(request).await.map_err(refused)?.into_inner();
-        Ok(Self { number, clients, token, member, snapshots })
+        Ok(Self { number, clients, token, member, renew_interval, snapshots })
     }
 
     /// Until the job is in `phase`; with the generation.

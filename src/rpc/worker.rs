@@ -13,8 +13,8 @@ use super::status::{refused, status};
 use super::validate;
 use super::{convert, lines};
 use crate::coordinator::Coordinator;
-use crate::membership::{Blame, Event, JoinInfo, LEASE, Phase, RENEW_INTERVAL, Refusal};
-use crate::types::{Attempt, Generation, Rank, Step};
+use crate::membership::{Blame, Event, JoinInfo, LeaseTimes, Phase, Refusal};
+use crate::types::{Attempt, Generation, Rank, Step, WorldSize};
 
 /// Parts of the plan are at most this long, well below gRPC's message limit of 4 MiB.
 const PLAN_PART_BYTES: usize = 1 << 20;
@@ -57,6 +57,9 @@ impl WorkerService for WorkerServer {
         }
         validate::join(&join)?;
         let (request_id, rank) = (join.request_id.clone(), Rank(join.rank));
+        // Of another world than the job's it is refused below.
+        let world = WorldSize::new(join.world_size).map_err(|error| Status::invalid_argument(error.to_string()))?;
+        let times = LeaseTimes::of(world);
         self.apply(Event::Join(JoinInfo {
             request_id: join.request_id,
             rank,
@@ -82,8 +85,8 @@ impl WorkerService for WorkerServer {
         Ok(Response::new(v1::JoinResponse {
             header: self.header(),
             member_id,
-            lease_ms: milliseconds(LEASE),
-            renew_interval_ms: milliseconds(RENEW_INTERVAL),
+            lease_ms: milliseconds(times.lease),
+            renew_interval_ms: milliseconds(times.renew_interval),
             rejoin_ms: self.coordinator.rejoin_timeout().map_or(0, milliseconds),
         }))
     }

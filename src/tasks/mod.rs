@@ -67,6 +67,17 @@ pub fn survive_file_size_limit() -> std::io::Result<()> {
     tokio::signal::unix::signal(signal).map(drop)
 }
 
+/// Lets this process and those that it starts open as many files as the system allows: a coordinator has a connection of each rank,
+/// and many systems begin with 1,024.
+pub fn raise_file_limit() {
+    use rustix::process::{Resource, getrlimit, setrlimit};
+    let mut limit = getrlimit(Resource::Nofile);
+    limit.current = limit.maximum;
+    if let Err(errno) = setrlimit(Resource::Nofile, limit) {
+        tracing::warn!(%errno, "the limit of open files stays");
+    }
+}
+
 /// Starts a thread for work that blocks.
 ///
 /// # Errors
