@@ -132,7 +132,9 @@ impl Journal {
         let store = LocalStore::new(directory);
         store.create_dir("")?;
         let names = store.list("")?;
-        let last = Generation(numbers(&names, "generation-", "").max().unwrap_or(0));
+        // A job that ended before it was formed has used its number too.
+        let used = numbers(&names, "generation-", "").chain(numbers(&names, "closed-", ""));
+        let last = Generation(used.max().unwrap_or(0));
         let unclosed =
             numbers(&names, "job-", ".json").max().filter(|job| !names.contains(&format!("closed-{job:09}")));
         let job = Arc::new(AtomicU64::new(unclosed.unwrap_or_else(|| last.next().0)));
@@ -188,7 +190,7 @@ impl Journal {
         self.dequeue(record.number)
     }
 
-    /// The highest generation that was ever given out.
+    /// The highest generation that was ever given out, or is that of a job which ended before it was formed.
     #[must_use]
     pub const fn last(&self) -> Generation {
         self.last
@@ -301,6 +303,19 @@ mod tests {
         let refused = second.persist(&record(1)).expect_err("given out already");
         assert_eq!(refused.kind(), Kind::Conflict);
         assert_eq!(Journal::open(directory.path()).expect("again").last(), Generation(1));
+    }
+
+    /// Its number was given out again: the next coordinator took the closed job for one to go on with, told its end, and failed
+    /// because it was closed already.
+    #[test]
+    fn a_job_that_ended_before_it_was_formed_makes_room_for_another() {
+        let directory = tempfile::tempdir().expect("a temporary directory");
+        let first = Journal::open(directory.path()).expect("new");
+        first.close().expect("its end was told");
+        let next = Journal::open(directory.path()).expect("again");
+        assert_eq!((first.job(), next.job(), next.last()), (1, 2, Generation(1)));
+        next.persist(&record(2)).expect("free");
+        next.close().expect("another job");
     }
 
     /// A crash in the middle of writing: the number is used, what it would have said is not believed.

@@ -22,7 +22,7 @@ pub(crate) enum Moment {
     Committing,
     /// All is trained; the last rank has not written its part of the last step.
     Finishing,
-    /// The last step is committed; the ranks have not heard of it.
+    /// The last step is committed; nobody has been told.
     Ending,
 }
 
