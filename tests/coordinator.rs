@@ -35,14 +35,12 @@ fn address(coordinator: &mut Job) -> String {
     found.expect("just found")
 }
 
-/// Two nodes of two ranks; the rendezvous of the launchers is at a port that the system just had free.
+/// Two nodes of two ranks.
 fn nodes(place: &Place, address: &str) -> [Job; 2] {
-    let port = std::net::TcpListener::bind("127.0.0.1:0").and_then(|free| free.local_addr()).expect("a port").port();
-    let (endpoint, token) = (format!("127.0.0.1:{port}"), place.path("state/token"));
+    let token = place.path("state/token");
     ["0", "1"].map(|node| {
         let layout = ["launch", "--nnodes", "2", "--node-rank", node, "--nproc-per-node", "2"];
-        let meeting = ["--rdzv-endpoint", &endpoint, "--coordinator", address, "--token-file", &token];
-        place.start(&[&layout[..], &meeting].concat())
+        place.start(&[&layout[..], &["--coordinator", address, "--token-file", &token]].concat())
     })
 }
 
@@ -139,7 +137,8 @@ fn a_coordinator_that_is_told_to_end_saves_before() {
     assert_eq!((ended.code, &ended.json()["checkpoint"]), (Some(75), &"step-000000007".into()), "{}", ended.stderr);
     for node in nodes {
         let ended = node.wait();
-        assert_eq!(ended.code, Some(0), "{}", ended.stderr);
+        // With 0 a scheduler would take the job for done.
+        assert_eq!(ended.code, Some(75), "{}", ended.stderr);
     }
     let verified = place.run(&["checkpoint", "verify", "--deep", &place.path("checkpoints")]);
     assert_eq!(verified.code, Some(0), "{}", verified.stderr);

@@ -15,7 +15,7 @@ use serde_json::Value;
 use support::{Ended, MODEL, Place};
 use weightcast::cli::Arguments;
 use weightcast::error::Kind;
-use weightcast::k8s::{GRPC_PORT, HEALTH_PORT, HTTP_PORT, RENDEZVOUS_PORT};
+use weightcast::k8s::{GRPC_PORT, HEALTH_PORT, HTTP_PORT};
 use weightcast_launcher::{EXIT_CONFIGURATION, EXIT_DO_NOT_RESTART, EXIT_PREEMPTED, EXIT_USAGE};
 
 /// Renders a job file with this text, whose model is at /m.
@@ -111,9 +111,9 @@ fn what_pods_are_told_is_read() {
             assert!(sources.contains(&format!("\"{probe}\"")), "{probe}");
         }
     }
-    assert!(variables.contains("WEIGHTCAST_COORDINATOR") && variables.contains("JOBSET_NAME"), "{variables:?}");
-    let ports = [GRPC_PORT, HEALTH_PORT, HTTP_PORT, RENDEZVOUS_PORT];
-    assert_eq!(ports.iter().collect::<BTreeSet<_>>().len(), 4, "two servers of a pod have one port");
+    assert!(variables.contains("WEIGHTCAST_COORDINATOR"), "{variables:?}");
+    let ports = [GRPC_PORT, HEALTH_PORT, HTTP_PORT];
+    assert_eq!(ports.iter().collect::<BTreeSet<_>>().len(), 3, "two servers of a pod have one port");
 
     let fatal = [EXIT_USAGE, EXIT_CONFIGURATION, EXIT_DO_NOT_RESTART].map(Value::from);
     assert_eq!(Value::from(Kind::Conflict.exit_code()), fatal[1]);
@@ -232,13 +232,9 @@ fn a_job_set_of_two_nodes() {
     assert!(texts(&coordinator["containers"][0]["args"]).contains(&"--ranks=16"));
     let worker = &workers["containers"][0];
     let args = texts(&worker["args"]);
-    for expected in [
-        "--nnodes=2",
-        "--nproc-per-node=8",
-        "--coordinator=$(WEIGHTCAST_COORDINATOR):29400",
-        "--device=cuda",
-        "--rdzv-endpoint=$(JOBSET_NAME)-workers-0-0.$(JOBSET_NAME):29403",
-    ] {
+    for expected in
+        ["--nnodes=2", "--nproc-per-node=8", "--coordinator=$(WEIGHTCAST_COORDINATOR):29400", "--device=cuda"]
+    {
         assert!(args.contains(&expected), "{expected}: {args:?}");
     }
     assert_eq!(worker["resources"]["limits"]["nvidia.com/gpu"], "8");

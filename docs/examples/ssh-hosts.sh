@@ -15,25 +15,40 @@ port=${WEIGHTCAST_PORT:-29400}
 state=${STATE_DIRECTORY:-$PWD/weightcast-state}
 remote=${REMOTE_SHELL:-ssh -tt}
 
+coordinator=
+# A signal to this script is one to the job: the coordinator has the ranks save what is not saved, and all end with 75.
+signalled=
+trap 'signalled=1; kill -TERM $coordinator 2>/dev/null' TERM INT HUP
+
+# await PROCESS: its exit code, although a signal interrupts bash's wait.
+await() {
+  local code
+  while signalled=; wait "$1"; code=$?; [ -n "$signalled" ]; do :; done
+  return $code
+}
+
 weightcast coordinator --ranks $((nodes * per_host)) --listen "0.0.0.0:$port" --insecure --state-dir "$state" "$job" &
 coordinator=$!
 until [ -s "$state/token" ]; do
-  kill -0 $coordinator 2>/dev/null || { wait $coordinator; exit; }
+  kill -0 $coordinator 2>/dev/null || { await $coordinator; exit; }
   sleep 0.2
 done
 
 launchers=()
 for node in "${!hosts[@]}"; do
-  # Node 0 serves the meeting of the launchers, at its own address.
   $remote "${hosts[$node]}" weightcast launch --nnodes "$nodes" --node-rank "$node" --nproc-per-node "$per_host" \
-    --rdzv-endpoint "${hosts[0]}:$((port + 3))" --coordinator "$here:$port" --token-file "$state/token" </dev/null &
+    --coordinator "$here:$port" --token-file "$state/token" </dev/null &
   launchers+=($!)
 done
 launched=0
 for launcher in "${launchers[@]}"; do
-  wait "$launcher" || launched=$?
+  await "$launcher" || launched=$?
 done
-wait $coordinator
+# Launchers that failed may leave a coordinator that waits for their ranks.
+[ $launched = 0 ] || kill -TERM $coordinator 2>/dev/null
+await $coordinator
 coordinated=$?
+# What a rank failed with is its launcher's code. 0 and 75 hold where the coordinator knows of nothing worse.
+[ $launched = 0 ] || [ $launched = 75 ] || exit $launched
 [ $coordinated = 0 ] && exit $launched
 exit $coordinated

@@ -19,6 +19,10 @@ pub struct LaunchArgs {
     /// without.
     #[arg(skip)]
     pub default_nproc_per_node: Option<u32>,
+    /// Whether the ranks meet at a coordinator of their own, as those of a program that embeds the launcher may: then the launchers of
+    /// nodes that know their rank need not meet, and the end of one is no matter of the others.
+    #[arg(skip)]
+    pub has_coordinator: bool,
     /// Which node this is, from 0
     #[arg(long, alias = "node_rank", value_name = "N")]
     pub node_rank: Option<String>,

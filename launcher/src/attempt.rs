@@ -4,7 +4,7 @@
 //! what to do; `run` performs it.
 //! Refuses to know: processes, sockets, logs.
 //!
-//! - AT-1: the root cause is the failure with the smallest time stamp among ranks that the launcher had not yet signalled.
+//! - AT-1: the root cause is the earliest failure, by the monotonic clock, among ranks that the launcher had not yet signalled.
 //! - AT-2: a rank that ends after it was signalled was ended by the launcher, whatever its code.
 //! - AT-3: every ending has a deadline, then SIGKILL, then a second deadline, after which the rank is left to its nanny.
 
@@ -27,12 +27,12 @@ pub(crate) enum Input {
     Started {
         index: usize,
         pid: i32,
-        at_ns: u64,
+        at: Now,
     },
     Ended {
         index: usize,
         end: End,
-        at_ns: u64,
+        at: Now,
     },
     /// The nanny is gone, and with it all that descended from the rank.
     Gone {
@@ -79,10 +79,10 @@ pub enum Verdict {
 #[derive(Clone, Debug, Default)]
 pub(crate) struct RankState {
     pub(crate) pid: Option<i32>,
-    pub(crate) started_ns: Option<u64>,
-    pub(crate) end: Option<(End, u64)>,
+    pub(crate) started: Option<Now>,
+    pub(crate) end: Option<(End, Now)>,
     is_gone: bool,
-    signalled_ns: Option<u64>,
+    signalled: Option<Duration>,
 }
 
 #[derive(Clone, Copy, Debug)]
@@ -127,16 +127,16 @@ impl Attempt {
     /// Takes one input and says what to do.
     pub(crate) fn apply(&mut self, now: Now, input: Input) -> Vec<Effect> {
         match input {
-            Input::Started { index, pid, at_ns } => {
+            Input::Started { index, pid, at } => {
                 if let Some(rank) = self.ranks.get_mut(index) {
-                    (rank.pid, rank.started_ns) = (Some(pid), Some(at_ns));
+                    (rank.pid, rank.started) = (Some(pid), Some(at));
                 }
                 Vec::new()
             }
-            Input::Ended { index, end, at_ns } => self.on_end(now, index, end, at_ns),
+            Input::Ended { index, end, at } => self.on_end(now, index, end, at),
             Input::Gone { index } => {
                 let lost = self.ranks.get(index).is_some_and(|rank| rank.end.is_none());
-                let effects = if lost { self.on_end(now, index, End::NannyLost, now.wall_ns) } else { Vec::new() };
+                let effects = if lost { self.on_end(now, index, End::NannyLost, now) } else { Vec::new() };
                 if let Some(rank) = self.ranks.get_mut(index) {
                     rank.is_gone = true;
                 }
@@ -148,10 +148,10 @@ impl Attempt {
         }
     }
 
-    fn on_end(&mut self, now: Now, index: usize, end: End, at_ns: u64) -> Vec<Effect> {
+    fn on_end(&mut self, now: Now, index: usize, end: End, at: Now) -> Vec<Effect> {
         let code = end.exit_code();
         if let Some(rank) = self.ranks.get_mut(index) {
-            rank.end = Some((end, at_ns));
+            rank.end = Some((end, at));
         }
         if code == 0 { Vec::new() } else { self.end_all(now, SIGTERM, self.grace_after(code)) }
     }
@@ -177,7 +177,7 @@ impl Attempt {
             Some(Ending { is_killing: false, .. }) => self.kill_all(now),
             Some(Ending { is_killing: true, .. }) => {
                 for rank in self.ranks.iter_mut().filter(|rank| !rank.is_gone) {
-                    rank.end.get_or_insert((End::Abandoned, now.wall_ns));
+                    rank.end.get_or_insert((End::Abandoned, now));
                     rank.is_gone = true;
                 }
                 Vec::new()
@@ -204,7 +204,7 @@ impl Attempt {
         let mut effects = Vec::new();
         for (index, rank) in self.ranks.iter_mut().enumerate().filter(|(_, rank)| !rank.is_gone) {
             if rank.end.is_none() {
-                rank.signalled_ns.get_or_insert(now.wall_ns);
+                rank.signalled.get_or_insert(now.monotonic);
             }
             // A rank that has ended is on its nanny's way out; only a kill may still hurry that on.
             if rank.end.is_none() || number == SIGKILL {
@@ -217,10 +217,10 @@ impl Attempt {
     /// What the end of rank `index` means; `None` while it has not ended.
     pub(crate) fn verdict(&self, index: usize) -> Option<Verdict> {
         let rank = self.ranks.get(index)?;
-        let (end, at_ns) = rank.end.as_ref()?;
-        Some(match rank.signalled_ns {
+        let (end, at) = rank.end.as_ref()?;
+        Some(match rank.signalled {
             _ if end.is_success() => Verdict::Succeeded,
-            Some(signalled_ns) if *at_ns >= signalled_ns => Verdict::EndedByLauncher,
+            Some(signalled) if at.monotonic >= signalled => Verdict::EndedByLauncher,
             _ => Verdict::Failed,
         })
     }
@@ -243,7 +243,7 @@ impl Attempt {
     fn first_ended(&self, accept: impl Fn(usize, &End) -> bool) -> Option<usize> {
         let ends = self.ranks.iter().enumerate().filter_map(|(index, rank)| Some((index, rank.end.as_ref()?)));
         let accepted = ends.filter(|(index, (end, _))| accept(*index, end));
-        accepted.min_by_key(|(_, (_, at_ns))| *at_ns).map(|(index, _)| index)
+        accepted.min_by_key(|(_, (_, at))| at.monotonic).map(|(index, _)| index)
     }
 }
 
@@ -258,7 +258,7 @@ mod tests {
     }
 
     fn ended(index: usize, end: End, ms: u64) -> Input {
-        Input::Ended { index, end, at_ns: ms * 1_000_000 }
+        Input::Ended { index, end, at: at(ms) }
     }
 
     fn signal(index: usize, number: u8) -> Effect {
@@ -288,6 +288,17 @@ mod tests {
         attempt.apply(at(10), ended(0, End::Exited(1), 9));
         attempt.apply(at(11), ended(1, End::Signaled(11), 8));
         assert_eq!((attempt.root_cause(), attempt.exit_code()), (Some(1), 139));
+    }
+
+    /// Between the signal and the ends the time of day is set back by an hour.
+    #[test]
+    fn a_wall_clock_that_jumps_accuses_nobody() {
+        let mut attempt = Attempt::new(3, GRACE);
+        attempt.apply(at(4_000_000), ended(1, End::Signaled(9), 4_000_000));
+        let set_back = Now { monotonic: Duration::from_millis(4_000_010), wall_ns: 400_010_000_000 };
+        attempt.apply(set_back, Input::Ended { index: 0, end: End::Exited(1), at: set_back });
+        assert_eq!(attempt.verdict(0), Some(Verdict::EndedByLauncher));
+        assert_eq!((attempt.root_cause(), attempt.exit_code()), (Some(1), 137));
     }
 
     #[test]
@@ -327,7 +338,7 @@ mod tests {
     #[test]
     fn a_nanny_that_vanishes_is_a_failure_of_its_rank() {
         let mut attempt = Attempt::new(2, GRACE);
-        attempt.apply(at(1), Input::Started { index: 0, pid: 7, at_ns: 1 });
+        attempt.apply(at(1), Input::Started { index: 0, pid: 7, at: at(1) });
         assert_eq!(attempt.apply(at(10), Input::Gone { index: 0 }), [signal(1, 15)]);
         assert_eq!((attempt.root_cause(), attempt.exit_code()), (Some(0), 137));
     }

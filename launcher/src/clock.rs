@@ -1,15 +1,17 @@
 //! The two clocks of the launcher.
 //!
 //! Owns: reading them. Refuses to know: what is timed.
-//! - The monotonic clock decides (deadlines); the wall clock only describes (time stamps of a report, comparable between
-//!   the launcher and its nannies, and between nodes as far as their clocks agree).
+//! - The monotonic clock decides (deadlines, and what came first): it is one for all processes of a host, and other hosts are told
+//!   how long ago something was. The wall clock only describes (time stamps of a report): those of two hosts may be days
+//!   apart, and each may jump.
 
 use std::time::Duration;
 
 use rustix::time::{ClockId, clock_gettime};
+use serde::{Deserialize, Serialize};
 
 /// One reading of both clocks.
-#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize, Deserialize)]
 pub(crate) struct Now {
     /// Time since an arbitrary start; never goes back.
     pub(crate) monotonic: Duration,
@@ -19,12 +21,8 @@ pub(crate) struct Now {
 
 /// Reads both clocks.
 pub(crate) fn now() -> Now {
-    Now { monotonic: read(ClockId::Monotonic), wall_ns: wall_ns() }
-}
-
-/// Reads the wall clock: nanoseconds since 1970.
-pub(crate) fn wall_ns() -> u64 {
-    u64::try_from(read(ClockId::Realtime).as_nanos()).unwrap_or(u64::MAX)
+    let wall_ns = u64::try_from(read(ClockId::Realtime).as_nanos()).unwrap_or(u64::MAX);
+    Now { monotonic: read(ClockId::Monotonic), wall_ns }
 }
 
 fn read(clock: ClockId) -> Duration {

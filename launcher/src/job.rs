@@ -27,7 +27,7 @@ pub(crate) enum Next {
 /// The job as one node sees it.
 #[derive(Debug)]
 pub(crate) enum Job {
-    /// One node.
+    /// One node, or one that need not know of the others.
     Alone,
     /// Several, and this one's part among them.
     Several(Box<Several>),
@@ -177,8 +177,7 @@ impl Several {
         };
         let words = format!("the launcher on {} was asked to end {how}", self.host);
         // The code of a preemption: the others get the time to save their work.
-        let (at_ns, code) = (clock::wall_ns(), EXIT_PREEMPTED);
-        self.ending(Cause { at_ns, code, words, is_request: true, rank: None }).await;
+        self.ending(Cause { is_request: true, ..Cause::new(EXIT_PREEMPTED, words, clock::now()) }).await;
     }
 
     async fn finished(&mut self, launch: &Launch, report: &Report, stop: &mut Stop) -> Result<Next, LaunchError> {
@@ -186,12 +185,10 @@ impl Several {
             // What failed here first stands; else the loss is the reason.
             let exit_code = report.root_cause.as_ref().map_or(EXIT_UNREACHABLE, |_| report.exit_code);
             let words = format!("the rendezvous at {} is lost: {text}", self.member.endpoint());
-            let at_ns = clock::wall_ns();
-            let cause = Cause { at_ns, code: EXIT_UNREACHABLE, words, is_request: false, rank: None };
-            let cause = Some(cause).filter(|_| report.root_cause.is_none());
+            let cause = Some(Cause::new(EXIT_UNREACHABLE, words, clock::now())).filter(|_| report.root_cause.is_none());
             return Ok(Next::Over(Over { exit_code, cause }));
         }
-        let cause = report.root_cause.clone().map(Cause::of_rank);
+        let cause = report.root_cause.clone().map(|rank| Cause::of_rank(rank, clock::now()));
         let is_stopped = stop.current() != StopRequest::None;
         let (attempt, exit_code) = (self.attempt, report.exit_code);
         self.member.say(ToMeeting::Finished { attempt, exit_code, cause, is_stopped, port: port(launch)? }).await;
@@ -264,7 +261,7 @@ fn alone(launch: &Launch, restart_count: u32) -> Result<Assignment, LaunchError>
     let layout = &launch.layout;
     Ok(Assignment {
         node_rank: layout.node_rank.unwrap_or(0),
-        nnodes: 1,
+        nnodes: layout.nnodes,
         first_rank: layout.first_rank,
         world_size: layout.world_size,
         master_addr: layout.master_addr.clone().unwrap_or_else(|| Ipv4Addr::LOCALHOST.to_string()),

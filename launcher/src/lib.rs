@@ -58,7 +58,7 @@ pub use end::{
 pub use environment::Environment;
 pub use error::LaunchError;
 pub use events::{Event, EventSink};
-pub use layout::{Endpoint, Layout, resolve};
+pub use layout::{Endpoint, Layout, ScheduledRank, resolve, scheduled_rank};
 pub use logs::{LogConfig, Stream, StreamChoice};
 pub use nanny::{NANNY_ARGUMENT, nanny_main};
 pub use rendezvous::Gathering;

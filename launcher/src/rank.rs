@@ -86,8 +86,8 @@ pub(crate) async fn follow(followed: Followed, inputs: mpsc::Sender<Input>) {
             Ok(0) | Err(_) => break,
         }
         let input = match serde_json::from_slice(&line) {
-            Ok(Notice::Started { pid, at_ns }) => Input::Started { index, pid, at_ns },
-            Ok(Notice::Ended { end, at_ns }) => Input::Ended { index, end, at_ns },
+            Ok(Notice::Started { pid, at }) => Input::Started { index, pid, at },
+            Ok(Notice::Ended { end, at }) => Input::Ended { index, end, at },
             // Only a nanny that was killed in the middle of a line says what is no notice; its end follows.
             Err(_) => continue,
         };

@@ -5,6 +5,7 @@
 
 use std::fmt;
 use std::path::PathBuf;
+use std::time::Duration;
 
 use serde::{Deserialize, Serialize};
 
@@ -37,6 +38,9 @@ pub struct RankReport {
     pub started_ns: Option<u64>,
     /// When it ended, in nanoseconds since 1970.
     pub ended_ns: u64,
+    /// The same by the monotonic clock of its host, which means nothing elsewhere.
+    #[serde(skip)]
+    pub(crate) ended: Duration,
     /// The last lines of its standard error, oldest first.
     pub stderr_tail: Vec<String>,
     /// What it wrote to `TORCHELASTIC_ERROR_FILE`.
@@ -176,6 +180,7 @@ mod tests {
             words: String::new(),
             started_ns: Some(1_000_000_000),
             ended_ns: 3_250_000_000,
+            ended: Duration::from_millis(3_250),
             stderr_tail: (0..20).map(|n| format!("line {n} {}", "x".repeat(300))).collect(),
             error_file: None,
             stdout_log: None,

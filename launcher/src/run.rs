@@ -160,7 +160,7 @@ impl Node<'_> {
                 Ok(followed) => drop(followers.spawn(rank::follow(followed, sender.clone()))),
                 Err(error) => {
                     let end = End::NotStarted { errno: None, message: crate::chain(&error) };
-                    let ended = Input::Ended { index: position, end, at_ns: clock::wall_ns() };
+                    let ended = Input::Ended { index: position, end, at: clock::now() };
                     for input in [ended, Input::Gone { index: position }] {
                         perform(attempt.apply(clock::now(), input), &watched);
                     }
@@ -177,7 +177,8 @@ impl Node<'_> {
                 job.ask_to_end(stop.current()).await;
             } else if let Some(index) = attempt.root_cause() {
                 // Without the last lines, which are still on their way; the other nodes must not wait for them.
-                let cause = self.rank_report(&attempt, index, Vec::new()).map(Cause::of_rank);
+                let cause =
+                    self.rank_report(&attempt, index, Vec::new()).map(|rank| Cause::of_rank(rank, clock::now()));
                 job.ending(cause).await;
             }
         }
@@ -257,8 +258,8 @@ impl Node<'_> {
         let rank = |index: &usize| self.assignment.first_rank.saturating_add(u32::try_from(*index).unwrap_or(0));
         match input {
             Input::Started { index, pid, .. } => self.send(Event::RankStarted { rank: rank(index), pid: *pid }),
-            Input::Ended { index, end, at_ns } => {
-                self.send(Event::RankExited { rank: rank(index), end: end.clone(), at_ns: *at_ns });
+            Input::Ended { index, end, at } => {
+                self.send(Event::RankExited { rank: rank(index), end: end.clone(), at_ns: at.wall_ns });
             }
             _ => {}
         }
@@ -278,7 +279,7 @@ impl Node<'_> {
             ranks.extend(self.rank_report(attempt, position, tail));
         }
         let root_cause = attempt.root_cause().and_then(|index| (index < ranks.len()).then(|| ranks.remove(index)));
-        ranks.sort_by_key(|rank| rank.ended_ns);
+        ranks.sort_by_key(|rank| rank.ended);
         Report {
             exit_code: attempt.exit_code(),
             run_id: self.launch.layout.run_id.clone(),
@@ -294,7 +295,7 @@ impl Node<'_> {
 
     fn rank_report(&self, attempt: &Attempt, position: usize, stderr_tail: Vec<String>) -> Option<RankReport> {
         let state = attempt.ranks().get(position)?;
-        let (end, ended_ns) = state.end.clone()?;
+        let (end, ended) = state.end.clone()?;
         let index = u32::try_from(position).ok()?;
         let local_rank = self.launch.layout.first_local_rank + index;
         let mut report = RankReport {
@@ -305,8 +306,9 @@ impl Node<'_> {
             verdict: attempt.verdict(position)?,
             end,
             words: String::new(),
-            started_ns: state.started_ns,
-            ended_ns,
+            started_ns: state.started.map(|started| started.wall_ns),
+            ended_ns: ended.wall_ns,
+            ended: ended.monotonic,
             stderr_tail,
             error_file: self.places.read_error(local_rank),
             stdout_log: self.places.log_file(local_rank, "stdout.log"),

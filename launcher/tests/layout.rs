@@ -4,7 +4,9 @@
 mod common;
 
 use clap::Parser;
-use weightcast_launcher::{Environment, Launch, LaunchArgs, LaunchError, Layout, resolve};
+use weightcast_launcher::{
+    Environment, Launch, LaunchArgs, LaunchError, Layout, ScheduledRank, resolve, scheduled_rank,
+};
 
 #[derive(Debug, Parser)]
 struct Arguments {
@@ -152,6 +154,21 @@ fn a_slurm_step_with_one_launcher_per_node() {
     assert_eq!((layout.master_addr.as_deref(), layout.run_id.as_str()), (Some("node07"), "4711"));
 }
 
+/// Two jobs, or two steps of one, met at one port when they had the same first node, and the second was refused. By hand: 4711 is
+/// 48 times 98 and 7.
+#[test]
+fn slurm_jobs_that_share_a_node_meet_at_ports_of_their_own() {
+    let port = |job: &str, step: &str| {
+        let place = [("SLURM_STEP_NODELIST", "n[1-2]"), ("SLURM_STEP_NUM_NODES", "2"), ("SLURM_NODEID", "0")];
+        let layout = layout(&["x"], &[&place[..], &[("SLURM_JOB_ID", job), ("SLURM_STEP_ID", step)]].concat());
+        layout.endpoint.expect("two nodes").port
+    };
+    assert_eq!(
+        [port("4711", "0"), port("4711", "1"), port("4712", "0"), port("4703", "0")],
+        [29_409, 29_410, 29_410, 29_499]
+    );
+}
+
 #[test]
 fn a_slurm_step_with_one_launcher_per_rank() {
     let variables = [
@@ -193,6 +210,34 @@ fn open_mpi_starts_one_launcher_per_rank() {
     // On two hosts the address of rank 0 is not in the environment.
     let spread = [variables[0], variables[1], ("OMPI_COMM_WORLD_LOCAL_RANK", "1"), ("OMPI_COMM_WORLD_LOCAL_SIZE", "2")];
     assert!(matches!(layout_on("h", &["x"], &spread), Err(LaunchError::Unknown { .. })));
+}
+
+/// A process that is a rank itself needs no address of the others: Open MPI on two hosts says enough.
+#[test]
+fn a_scheduler_may_start_ranks_themselves() {
+    let place = |variables: &[(&str, &str)]| scheduled_rank(&Environment::of_variables(variables.iter().copied()));
+    let slurm = [
+        ("SLURM_STEP_NODELIST", "n[1-2]"),
+        ("SLURM_STEP_NUM_NODES", "2"),
+        ("SLURM_STEP_NUM_TASKS", "3"),
+        ("SLURM_PROCID", "1"),
+        ("SLURM_LOCALID", "1"),
+        ("SLURM_NODEID", "0"),
+        ("SLURM_STEP_TASKS_PER_NODE", "2,1"),
+    ];
+    let expected = ScheduledRank { rank: 1, world_size: 3, local_rank: 1, local_world_size: 2 };
+    assert_eq!(place(&slurm).expect("as srun sets them"), Some(expected));
+    let open_mpi = [
+        ("OMPI_COMM_WORLD_RANK", "3"),
+        ("OMPI_COMM_WORLD_SIZE", "4"),
+        ("OMPI_COMM_WORLD_LOCAL_RANK", "1"),
+        ("OMPI_COMM_WORLD_LOCAL_SIZE", "2"),
+    ];
+    let expected = ScheduledRank { rank: 3, world_size: 4, local_rank: 1, local_world_size: 2 };
+    assert_eq!(place(&open_mpi).expect("as mpirun sets them"), Some(expected));
+    let batch_script = [("SLURM_NTASKS", "8"), ("SLURM_PROCID", "0"), ("SLURM_JOB_NODELIST", "n[1-8]")];
+    assert_eq!(place(&batch_script).expect("not a step"), None);
+    assert_eq!(place(&[("PMI_RANK", "x")]).expect_err("no number").exit_code(), 64);
 }
 
 #[test]

@@ -2,6 +2,7 @@
 
 use std::net::SocketAddr;
 use std::path::{Path, PathBuf};
+use std::sync::{Arc, Mutex, PoisonError};
 use std::time::Duration;
 
 use tokio::signal::unix::{SignalKind, signal};
@@ -10,13 +11,14 @@ use super::launch::{Audience, JOIN_DEADLINE, absolute_files, job_record, write_o
 use super::model_export::ModelExportError;
 use super::observe::{ObservePlaces, Observers};
 use super::prepare::{PrepareError, Prepared};
-use super::queue::{RanksAre, job_maker};
+use super::queue::{self, RanksAre, Resumes, job_maker};
 use super::running::{RunFile, RunFileError};
 use super::train_output::{OutputPlace, RunOutput};
 use crate::cache::CacheClaim;
 use crate::config::JobConfig;
 use crate::coordinator::{
-    Coordinator, CoordinatorConfig, CoordinatorError, Interrupted, JobRecord, Journal, JournalError, View,
+    Coordinator, CoordinatorConfig, CoordinatorError, Interrupted, JobRecord, Journal, JournalError, Rejected, Rejoin,
+    View,
 };
 use crate::error::{Classify, Kind};
 use crate::load::LoadReport;
@@ -48,6 +50,8 @@ pub struct CoordinatorPlace {
     pub tls: Option<TlsFiles>,
     /// Where it lets itself be looked at.
     pub observe: ObservePlaces,
+    /// How long the job waits for ranks that it lost; zero ends it when it loses one.
+    pub rejoin: Duration,
 }
 
 /// How a job of its own coordinator ended.
@@ -143,7 +147,7 @@ impl Classify for CoordinateError {
 pub async fn coordinate(
     config: JobConfig,
     place: CoordinatorPlace,
-    prepare: impl FnOnce(&JobConfig) -> Result<Prepared, PrepareError> + Send + 'static,
+    prepare: impl Fn(&JobConfig) -> Result<Prepared, PrepareError> + Send + Sync + 'static,
     audience: Audience,
 ) -> Result<Coordinated, CoordinateError> {
     if !place.listen.ip().is_loopback() && !place.is_insecure && place.tls.is_none() {
@@ -157,7 +161,7 @@ pub async fn coordinate(
     make_private(&place.state_directory, is_new)?;
     let security = security(&place)?;
     // The entry of the cache is the job's until the end; a coordinator that is started again relies on files that are open.
-    let mut claim: Vec<CacheClaim> = Vec::new();
+    let maker = Arc::new(Maker { config, prepare: Box::new(prepare), claim: Mutex::default() });
     let (record, listener, left) = match journal.interrupted()? {
         Some(Interrupted { record, generation, end }) => {
             let address = if place.listen.port() == 0 { record.listens } else { place.listen };
@@ -167,13 +171,8 @@ pub async fn coordinate(
         None => {
             let listener = Listener::bind(place.listen).await?;
             let address = listener.address();
-            let make = move || {
-                let mut prepared = prepare(&config)?;
-                let claim = prepared.claim_cache()?;
-                Ok::<_, PrepareError>((job_record(&config, prepared, address), claim))
-            };
-            let (record, held) = blocking(make).await?;
-            claim = held;
+            let first = maker.clone();
+            let record = blocking(move || first.make(address, Resumes::AsItSays)).await?;
             journal.begin(&record)?;
             (record, listener, None)
         }
@@ -181,6 +180,7 @@ pub async fn coordinate(
     (audience.note)(&format!("coordinator of job {} listens on {}", record.job, listener.address()));
     let output = OutputPlace::of(&record);
     let jobs = job_maker(record.after_load.then, listener.address(), RanksAre::Anywhere);
+    let rejoin = (!place.rejoin.is_zero()).then(|| rejoin(place.rejoin, maker.clone(), listener.address()));
     let directory = RunFile::directory()?;
     announce(&record, listener.address(), &security, &directory)?;
     // When only the end is left to be told, ranks that lost the coordinator before this one are still on their way here.
@@ -193,6 +193,7 @@ pub async fn coordinate(
         is_restartable: true,
         left,
         jobs,
+        rejoin,
     };
     let coordinator = Coordinator::start(config, &mut tasks)?;
     let people = security.access.operator.clone().unwrap_or_else(|| security.access.worker.clone());
@@ -207,11 +208,41 @@ pub async fn coordinate(
     crate::faults::point("coordinator.over");
     journal.close()?;
     RunFile::remove(&directory);
-    drop(claim);
+    drop(maker);
     let loads = coordinator.loads();
     tasks.shut_down(Duration::from_millis(500)).await;
+    let preempted = preempted || view.is_preempted;
     let output = if preempted { None } else { write_output(output, &view).await };
     Ok(Coordinated { view, loads, preempted, output })
+}
+
+/// Makes the coordinator's own job of its configuration, as often as it is needed.
+struct Maker {
+    config: JobConfig,
+    prepare: Box<dyn Fn(&JobConfig) -> Result<Prepared, PrepareError> + Send + Sync>,
+    /// The entry of the cache is the job's until the end.
+    claim: Mutex<Vec<CacheClaim>>,
+}
+
+impl Maker {
+    fn make(&self, address: SocketAddr, resumes: Resumes) -> Result<JobRecord, PrepareError> {
+        let config = resumes.apply(self.config.clone());
+        let mut prepared = (self.prepare)(&config)?;
+        *self.claim.lock().unwrap_or_else(PoisonError::into_inner) = prepared.claim_cache()?;
+        Ok(job_record(&config, prepared, address))
+    }
+}
+
+/// Has ranks that are lost come back to a job that is made anew from what it has committed.
+fn rejoin(timeout: Duration, maker: Arc<Maker>, address: SocketAddr) -> Rejoin {
+    let remake = move |record: &JobRecord, goes_on: bool| {
+        let resumes = if goes_on { Resumes::Always } else { Resumes::AsItSays };
+        match &record.text {
+            Some(text) => queue::make(text, &record.plan, (address, RanksAre::Anywhere), resumes),
+            None => maker.make(address, resumes).map_err(|error| Rejected::from_error(&error)),
+        }
+    };
+    Rejoin { timeout, remake: Arc::new(remake) }
 }
 
 /// Follows the job to its end, and stays until its ranks have heard of it, for at least as long as `least`. A signal asks
@@ -233,7 +264,8 @@ async fn until_over(
             () = signals.next() => {
                 preempted = true;
                 // Refused only when the job is over.
-                let _ = coordinator.apply(Event::DrainRequested(coordinator.next_step())).await;
+                let event = Event::DrainRequested { save: coordinator.next_step(), preempts: true };
+                let _ = coordinator.apply(event).await;
             }
             () = std::future::ready(()), if view.is_over() => break view,
         }

@@ -1,18 +1,19 @@
 //! `weightcast launch --coordinator`: this node's ranks of a job whose coordinator is another process.
 
+use std::collections::BTreeMap;
 use std::path::PathBuf;
-use std::sync::Arc;
+use std::sync::{Arc, Mutex, PoisonError};
 use std::time::Duration;
 
 use tokio::sync::mpsc;
 use weightcast_launcher::{
-    Environment, Event as LaunchEvent, EventSink, Launch, LaunchArgs, Report, run, stop_channel,
+    Environment, Event as LaunchEvent, EventSink, Launch, LaunchArgs, Report, is_restartable, run, stop_channel,
 };
 
 use super::launch::{LaunchJobError, tls_environment, worker_command};
 use super::lines::{LineQueue, hand_on};
 use crate::plan::DeviceRule;
-use crate::rpc::{Clients, Token};
+use crate::rpc::{Clients, ProcessEnded, Token};
 use crate::store::absolute;
 use crate::tasks::Tasks;
 use crate::tls::{Tls, TlsFiles};
@@ -53,20 +54,33 @@ pub async fn join(
     let (token_file, root) = (absolute(&coordinator.token_file), coordinator.checkpoint_root.as_deref().map(absolute));
     let mut command = worker_command(&coordinator.address, &token_file, root.as_deref(), coordinator.device);
     command.environment.extend(tls_environment(coordinator.tls.as_ref()));
-    let mut launch = Launch::with_command(args, &Environment::of_this_process(), command)?;
-    // The launchers of the nodes know each other by the job's token, unless they have one of their own.
+    // Each node's ranks go to the coordinator by themselves, so that one node can leave and come back while the others stay.
+    let args = LaunchArgs { has_coordinator: true, ..args.clone() };
+    let mut launch = Launch::with_command(&args, &Environment::of_this_process(), command)?;
+    // Launchers that meet all the same know each other by the job's token, unless they have one of their own.
     launch.gathering.token_file.get_or_insert_with(|| token_file.clone());
     let (failures, queue) = mpsc::channel(QUEUE);
     let lines = Arc::new(LineQueue::default());
     let written = Arc::clone(&lines);
-    launch.on_event = Some(EventSink::new(move |event| match event {
+    let (mut processes, mut restarts_left) = (BTreeMap::new(), 0);
+    let most = launch.max_restarts;
+    let mut watch = move |event| match event {
+        LaunchEvent::AttemptStarted { restart_count } => restarts_left = most.saturating_sub(restart_count),
+        LaunchEvent::RankStarted { rank, pid } => drop(processes.insert(rank, pid)),
         LaunchEvent::RankExited { rank, end, .. } if !end.is_success() => {
+            let (exit_code, message) = (end.exit_code(), end.to_string());
+            let process_id = processes.get(&rank).and_then(|pid| u32::try_from(*pid).ok()).unwrap_or(0);
+            let will_restart = restarts_left > 0 && is_restartable(exit_code);
             // Full: the others of this node were told already.
-            let _ = failures.try_send((rank, end.to_string(), end.exit_code()));
+            let _ = failures.try_send(ProcessEnded { rank, process_id, exit_code, will_restart, message });
         }
         LaunchEvent::Note { text } => note(&text),
-        LaunchEvent::Line { rank, stream, text } => written.push(rank, stream, text),
         _ => {}
+    };
+    let watch = Mutex::new(move |event| watch(event));
+    launch.on_event = Some(EventSink::new(move |event| match event {
+        LaunchEvent::Line { rank, stream, text } => written.push(rank, stream, text),
+        event => watch.lock().unwrap_or_else(PoisonError::into_inner)(event),
     }));
     let mut tasks = Tasks::new();
     tasks.spawn("ranks' lines", hand_on(Arc::clone(&lines), coordinator.address.clone(), (token.clone(), tls.clone())));
@@ -82,10 +96,11 @@ pub async fn join(
 }
 
 /// Tells the coordinator of ranks that failed, so that it need not wait for their leases.
-async fn report(mut queue: mpsc::Receiver<(u32, String, u8)>, address: String, (token, tls): (Token, Option<Tls>)) {
-    while let Some((rank, message, exit_code)) = queue.recv().await {
+async fn report(mut queue: mpsc::Receiver<ProcessEnded>, address: String, (token, tls): (Token, Option<Tls>)) {
+    while let Some(ended) = queue.recv().await {
+        let rank = ended.rank;
         let told = match Clients::connect(&address, tls.as_ref()).await {
-            Ok(mut clients) => clients.report_process_ended(&token, rank, message, exit_code).await,
+            Ok(mut clients) => clients.report_process_ended(&token, ended).await,
             Err(_) => false,
         };
         if !told {

@@ -23,7 +23,7 @@ use crate::config::{JobConfig, variable};
 use crate::coordinator::{Coordinator, CoordinatorConfig, CoordinatorError, JobRecord, Journal, JournalError, View};
 use crate::error::{Classify, Kind};
 use crate::load::{LoadReport, logical_digests};
-use crate::membership::{AfterLoad, ExitPolicy, Phase};
+use crate::membership::{AfterLoad, Phase};
 use crate::plan::DeviceRule;
 use crate::rpc::{Access, Listener, Security, ServeError, Token, TokenError, serve};
 use crate::store::absolute;
@@ -156,7 +156,16 @@ async fn launch_in(job: LaunchJob, directory: &Path, audience: Audience) -> Resu
     let jobs = job_maker(record.after_load.then, address, RanksAre::Here);
     let (name, plan, output) = (record.job.to_string(), record.plan.clone(), OutputPlace::of(&record));
     let coordinator = Coordinator::start(
-        CoordinatorConfig { record, join_deadline: JOIN_DEADLINE, journal, is_restartable: false, left: None, jobs },
+        CoordinatorConfig {
+            record,
+            join_deadline: JOIN_DEADLINE,
+            journal,
+            is_restartable: false,
+            left: None,
+            jobs,
+            // All of its ranks are this launcher's, which starts all of them again or none.
+            rejoin: None,
+        },
         &mut tasks,
     )?;
     let security = Security { access: Access { worker: token.clone(), operator: None }, tls };
@@ -212,11 +221,12 @@ pub(super) async fn write_output(
 /// The job of a configuration and its plan, whose coordinator listens at `listens`.
 pub(super) fn job_record(config: &JobConfig, prepared: Prepared, listens: SocketAddr) -> JobRecord {
     let name = config.job.name.clone().unwrap_or_else(|| prepared.plan.model.clone());
-    let holds = config.exit_policy() == ExitPolicy::Hold;
     // What cannot be told apart is loaded again.
-    let base_id = if holds { files_id(&prepared.plan).unwrap_or_default() } else { String::new() };
+    let base_id = files_id(&prepared.plan).unwrap_or_default();
     JobRecord {
         number: 0,
+        attempt: 0,
+        text: None,
         base_id,
         job: JobId::from(name),
         after_load: AfterLoad {

@@ -6,7 +6,7 @@ use std::sync::Arc;
 use super::launch::job_record;
 use super::prepare::{Prepared, prepare_with};
 use super::train_output::{OutputPlace, RunOutput};
-use crate::config::{ConfigError, JobConfig, JobSection, available_memory_bytes};
+use crate::config::{CheckpointConfig, ConfigError, JobConfig, JobSection, ResumePolicy, available_memory_bytes};
 use crate::coordinator::{JobMaker, JobRecord, JobText, Rejected};
 use crate::error::Kind;
 use crate::membership::ExitPolicy;
@@ -25,14 +25,41 @@ pub(super) enum RanksAre {
 /// What makes and finishes jobs for the ranks of a job that holds, whose coordinator listens at `listens`; nothing for one that
 /// ends.
 pub(super) fn job_maker(then: ExitPolicy, listens: SocketAddr, ranks: RanksAre) -> Option<JobMaker> {
-    let make = move |text: &JobText, held: &LoadPlan| make(text, held, (listens, ranks));
+    let make = move |text: &JobText, held: &LoadPlan| make(text, held, (listens, ranks), Resumes::AsItSays);
     (then == ExitPolicy::Hold).then(|| JobMaker { make: Arc::new(make), finish: Arc::new(finish) })
 }
 
-fn make(text: &JobText, held: &LoadPlan, (listens, ranks): (SocketAddr, RanksAre)) -> Result<JobRecord, Rejected> {
+/// Whether a job that is made goes on from its checkpoints.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub(super) enum Resumes {
+    /// As its file says.
+    AsItSays,
+    /// In any case, because it has written them itself.
+    Always,
+}
+
+impl Resumes {
+    /// `config` with that.
+    pub(super) fn apply(self, config: JobConfig) -> JobConfig {
+        let resume = match self {
+            Self::AsItSays => config.checkpoint.resume,
+            Self::Always => ResumePolicy::Auto,
+        };
+        JobConfig { checkpoint: CheckpointConfig { resume, ..config.checkpoint.clone() }, ..config }
+    }
+}
+
+/// The job of a file that was submitted, for ranks that have `held`.
+pub(super) fn make(
+    text: &JobText,
+    held: &LoadPlan,
+    (listens, ranks): (SocketAddr, RanksAre),
+    resumes: Resumes,
+) -> Result<JobRecord, Rejected> {
     let file = |message: String| ConfigError::File { path: "that was submitted".to_owned(), message };
     let config =
         JobConfig::parse(&text.text, &text.directory).map_err(|message| Rejected::from_error(&file(message)))?;
+    let config = resumes.apply(config);
     config.check_streaming().map_err(|error| Rejected::from_error(&error))?;
     let prepared = prepare(&config, held, ranks)?;
     // Whatever it says: the ranks stay when it is done.

@@ -204,6 +204,11 @@ pub struct CoordinatorFlags {
     /// The job, instead of or over a job file
     #[command(flatten)]
     pub job: JobOverrides,
+    /// How long the job waits for ranks that it lost, in seconds; then it goes on from its last checkpoint. With 0 it ends when it
+    /// loses one
+    #[arg(long, value_name = "SECONDS", env = "WEIGHTCAST_REJOIN_TIMEOUT", default_value_t = 600,
+          value_parser = clap::value_parser!(u64).range(..=2_592_000))]
+    pub rejoin_timeout: u64,
     /// Where to look at it.
     #[command(flatten)]
     pub observe: ObserveFlags,

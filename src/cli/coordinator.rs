@@ -1,5 +1,7 @@
 //! `weightcast coordinator`.
 
+use std::time::Duration;
+
 use serde_json::json;
 
 use super::args::CoordinatorFlags;
@@ -19,6 +21,7 @@ pub(super) fn run(flags: CoordinatorFlags) -> u8 {
         control_token_file,
         tls,
         job,
+        rejoin_timeout,
         observe,
         json,
         job_file,
@@ -49,6 +52,7 @@ pub(super) fn run(flags: CoordinatorFlags) -> u8 {
         control_token_file,
         tls,
         observe: observe.places(),
+        rejoin: Duration::from_secs(rejoin_timeout),
     };
     // The ranks may be on other hosts, whose memory this one does not know.
     let plan = move |config: &JobConfig| prepare_with(config, world, None, &super::output::download);

@@ -1,5 +1,7 @@
 //! `weightcast worker`.
 
+use weightcast_launcher::{Environment, LaunchError, scheduled_rank};
+
 use super::args::WorkerFlags;
 use super::output::{fail, fail_with};
 use crate::config::{WorkerEnvironment, host_name, variable};
@@ -12,7 +14,11 @@ use crate::worker::{self, Ended, WorkerConfig};
 const COORDINATOR_DEADLINE: std::time::Duration = std::time::Duration::from_secs(10);
 
 pub(super) fn run(flags: WorkerFlags) -> u8 {
-    let environment = match WorkerEnvironment::read(&variable) {
+    let placed = match place() {
+        Ok(placed) => placed,
+        Err(error) => return fail_with(&error, error.exit_code()),
+    };
+    let environment = match WorkerEnvironment::read(&|name| variable(name).or_else(|| placed(name))) {
         Ok(environment) => environment,
         Err(error) => return fail(&error),
     };
@@ -34,6 +40,7 @@ pub(super) fn run(flags: WorkerFlags) -> u8 {
         sharing: environment.sharing,
         local: LocalRank { index: environment.local_rank, count: environment.local_ranks },
         nccl_library: environment.nccl_library,
+        join_deadline: environment.join_deadline,
         coordinator_deadline: COORDINATOR_DEADLINE,
     };
     // The session renews its lease on this thread; the weights move on the data thread.
@@ -46,4 +53,21 @@ pub(super) fn run(flags: WorkerFlags) -> u8 {
         Ok(Ended::Preempted) => super::EXIT_PREEMPTED,
         Err(error) => fail_with(&error, error.exit_code()),
     }
+}
+
+/// The variables of a rank's place, from those of a scheduler that started it without a launcher (`srun weightcast worker`).
+fn place() -> Result<impl Fn(&str) -> Option<String>, LaunchError> {
+    let is_placed = variable("RANK").is_some();
+    let scheduled = if is_placed { None } else { scheduled_rank(&Environment::of_this_process())? };
+    Ok(move |name: &str| {
+        let place = scheduled?;
+        let number = match name {
+            "RANK" => place.rank,
+            "WORLD_SIZE" => place.world_size,
+            "LOCAL_RANK" => place.local_rank,
+            "LOCAL_WORLD_SIZE" => place.local_world_size,
+            _ => return None,
+        };
+        Some(number.to_string())
+    })
 }

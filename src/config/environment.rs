@@ -3,6 +3,7 @@
 use std::net::IpAddr;
 use std::path::{Path, PathBuf};
 use std::str::FromStr;
+use std::time::Duration;
 
 use crate::error::{Classify, Kind};
 use crate::store::RemoteSettings;
@@ -49,6 +50,9 @@ pub struct WorkerEnvironment {
     pub local_ranks: u32,
     /// `NCCL_LIBRARY`: the path of libnccl; where the dynamic linker finds it by default.
     pub nccl_library: Option<PathBuf>,
+    /// `WEIGHTCAST_JOIN_TIMEOUT`: how long the coordinator is looked for at the beginning, in seconds; 10 by default, since ranks
+    /// are usually started when it is there.
+    pub join_deadline: Duration,
 }
 
 /// The environment cannot work.
@@ -105,6 +109,7 @@ impl WorkerEnvironment {
             local_rank: or("LOCAL_RANK", 0, "a number below LOCAL_WORLD_SIZE, as a launcher sets it")?,
             local_ranks: or("LOCAL_WORLD_SIZE", 1, "a number of at least 1, as a launcher sets it")?,
             nccl_library: get("NCCL_LIBRARY").map(PathBuf::from),
+            join_deadline: Duration::from_secs(or("WEIGHTCAST_JOIN_TIMEOUT", 10, "a number of seconds")?.into()),
             rank,
             world,
             coordinator: parsed(get, "WEIGHTCAST_COORDINATOR", "the coordinator's host:port")?,

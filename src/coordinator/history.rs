@@ -82,6 +82,8 @@ pub struct History {
     is_draining: bool,
     save_request: u64,
     step: Option<Step>,
+    /// How often ranks were lost and waited for.
+    pub regroups: u64,
 }
 
 impl History {
@@ -101,6 +103,7 @@ impl History {
             is_draining: membership.is_draining(),
             save_request: membership.save_request(),
             step: membership.committed_step(),
+            regroups: membership.regroups(),
         };
         let known = history.members.iter().flatten().count();
         let text = match known {
@@ -113,6 +116,14 @@ impl History {
 
     /// Remembers what is different from what it saw last.
     pub(super) fn look(&mut self, membership: &Membership, now: Instant) {
+        if self.regroups != membership.regroups() {
+            self.regroups = membership.regroups();
+            let cause = membership.regroups_because();
+            let words = cause.map_or("", |cause| cause.message.as_str());
+            let rank = cause.and_then(|cause| cause.rank).map(|rank| rank.0);
+            self.happen(HappeningKind::Failure, rank, format!("waiting for the ranks to join again: {words}"));
+            self.begun = None;
+        }
         self.look_at_ranks(membership);
         self.look_at_checkpoints(membership, now);
         if self.is_draining != membership.is_draining() {

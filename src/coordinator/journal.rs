@@ -9,7 +9,8 @@
 //! - `closed-N`: everybody was told. The next coordinator starts another job.
 //!
 //! `queued-K.json` is a job that waits for resident ranks. When its turn comes it becomes `job-N.json`, which says its number K;
-//! queued jobs of that number and of lower ones are done with.
+//! queued jobs of that number and of lower ones are done with. A job that is made anew, because ranks were lost, is another `job-N.json`
+//! too, with a higher `attempt`.
 
 use std::net::SocketAddr;
 use std::path::{Path, PathBuf};
@@ -19,6 +20,7 @@ use std::sync::atomic::{AtomicU64, Ordering};
 use serde::de::DeserializeOwned;
 use serde::{Deserialize, Serialize};
 
+use super::JobText;
 use crate::error::{Classify, Kind};
 use crate::membership::{AfterLoad, Cause, Formed};
 use crate::plan::LoadPlan;
@@ -77,6 +79,12 @@ pub struct JobRecord {
     /// What tells the files of its base from others (`cache::files_id`); empty when nothing does.
     #[serde(default)]
     pub base_id: String,
+    /// How often it was made anew because ranks were lost.
+    #[serde(default)]
+    pub attempt: u32,
+    /// The job file of a job that was queued.
+    #[serde(default)]
+    pub text: Option<JobText>,
 }
 
 /// A generation.
@@ -197,8 +205,9 @@ impl Journal {
             return Ok(None);
         }
         let record: JobRecord = self.read(&job)?;
-        // A job of the queue begins with the ranks of the one before it.
-        let generation = if record.number > 0 || self.last.0 >= self.job() { self.read_generation()? } else { None };
+        // A job of the queue begins with the ranks of the one before it; one that was made anew waits for ranks.
+        let begins_with_ranks = record.number > 0 && record.attempt == 0;
+        let generation = if begins_with_ranks || self.last.0 >= self.job() { self.read_generation()? } else { None };
         let end = if names.contains(&end) { Some(self.read(&end)?) } else { None };
         Ok(Some(Interrupted { record, generation, end }))
     }
@@ -276,7 +285,10 @@ mod tests {
     use super::*;
 
     fn record(generation: u64) -> GenerationRecord {
-        GenerationRecord { formed: Formed { generation: Generation(generation), members: Vec::new() }, secret: [7; 32] }
+        GenerationRecord {
+            formed: Formed { generation: Generation(generation), members: Vec::new(), keeps_base: false },
+            secret: [7; 32],
+        }
     }
 
     /// a number is given out once, also by two coordinators at the same directory.

@@ -19,6 +19,7 @@ use std::path::PathBuf;
 use std::sync::{Arc, Mutex, PoisonError};
 use std::time::Duration;
 
+use serde::{Deserialize, Serialize};
 use tokio::sync::{mpsc, oneshot, watch};
 
 pub use history::{CommitView, Happening, HappeningKind, History, KEPT_COMMITS, KEPT_HAPPENINGS};
@@ -60,6 +61,27 @@ pub struct CoordinatorConfig {
     pub left: Option<(Option<GenerationRecord>, Option<EndRecord>)>,
     /// What can be done with more jobs than this one, for ranks that stay.
     pub jobs: Option<JobMaker>,
+    /// How ranks that are lost may come back; without it the job ends when one is lost.
+    pub rejoin: Option<Rejoin>,
+}
+
+/// How ranks that are lost may come back.
+#[derive(Clone)]
+pub struct Rejoin {
+    /// How long the job waits for them.
+    pub timeout: Duration,
+    /// Makes the job anew; the flag says that it goes on from its checkpoints whatever its file says. The call takes as long as it
+    /// takes.
+    pub remake: RemakeJob,
+}
+
+/// As [`Rejoin::remake`].
+pub type RemakeJob = Arc<dyn Fn(&JobRecord, bool) -> Result<JobRecord, Rejected> + Send + Sync>;
+
+impl std::fmt::Debug for Rejoin {
+    fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
+        write!(f, "Rejoin({:?})", self.timeout)
+    }
 }
 
 /// How jobs are made of their files, and what is left to do when one is done. The calls take as long as they take.
@@ -84,7 +106,7 @@ impl std::fmt::Debug for JobMaker {
 }
 
 /// A job file that was sent.
-#[derive(Clone, Debug, PartialEq, Eq)]
+#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
 pub struct JobText {
     /// Its text.
     pub text: String,
@@ -137,6 +159,8 @@ struct Shared {
     history: Arc<Mutex<History>>,
     lines: Lines,
     calls: Calls,
+    /// How long ranks that are lost may take to come back.
+    rejoin: Option<Duration>,
     /// Held by everybody who follows the job.
     audience: Arc<()>,
 }
@@ -179,6 +203,8 @@ enum Request {
         number: u64,
         answer: Answer<Result<(), Refusal>>,
     },
+    /// The job was made anew, or could not be.
+    Remade(Result<Box<JobRecord>, Rejected>),
     /// A job's output is written, or could not be: what there is to say of it.
     Told {
         number: u64,
@@ -222,6 +248,7 @@ impl Coordinator {
         let (events, queue) = mpsc::channel(QUEUE);
         let incarnation = format!("{:x}-{}", crate::clock::unix_ns(), std::process::id());
         let (journal, jobs) = (config.journal.clone(), config.jobs.clone());
+        let rejoin = config.rejoin.as_ref().map(|rejoin| rejoin.timeout);
         let current = Arc::new(Mutex::new(CurrentJob::new(config.record.clone())));
         let (loads, lines) = (Loads::default(), Lines::new(config.record.plan.world));
         let (owner, (views, orders)) = owner::Owner::new(config, (current.clone(), loads.clone()), events.clone())?;
@@ -242,6 +269,7 @@ impl Coordinator {
                 history,
                 lines,
                 calls: Calls::default(),
+                rejoin,
                 audience: Arc::default(),
             }),
         })
@@ -280,9 +308,9 @@ impl Coordinator {
             conflict("the ranks end when their job is done: start it with hold = true in [job] to give them more")
         })?;
         let current = self.current();
-        let make = maker.make.clone();
-        let made = crate::tasks::blocking(move || make(&text, &current.record.plan)).await;
-        let mut record = made?;
+        let (make, sent) = (maker.make.clone(), text.clone());
+        let made = crate::tasks::blocking(move || make(&sent, &current.record.plan)).await;
+        let mut record = JobRecord { text: Some(text), ..made? };
         let world = self.current().record.plan.world;
         if record.plan.world != world {
             return Err(conflict("the job is for another number of ranks"));
@@ -315,7 +343,7 @@ impl Coordinator {
     /// Tells of a rank's process that ended with failure, from a thread that may not wait. A full queue loses nothing:
     /// the lease tells the same, later.
     pub fn process_ended(&self, rank: Rank, message: String, exit_code: u8) {
-        let event = Event::ProcessEnded { rank, message, exit_code };
+        let event = Event::ProcessEnded { rank, process_id: 0, returns: false, message, exit_code };
         if self.shared.events.try_send(event.into()).is_err() {
             tracing::warn!(%rank, "the coordinator's queue is full; the rank's lease will tell");
         }
@@ -368,6 +396,12 @@ impl Coordinator {
         let current = self.current();
         let count = current.plan_bytes.len().div_ceil(bytes);
         (0..count).filter_map(move |index| Some(current.plan_bytes.chunks(bytes).nth(index)?.to_vec()))
+    }
+
+    /// How long ranks that are lost may take to come back; none where the job ends when one is lost.
+    #[must_use]
+    pub fn rejoin_timeout(&self) -> Option<Duration> {
+        self.shared.rejoin
     }
 
     /// This process of the coordinator.

@@ -10,7 +10,7 @@ use super::traces::{Traces, of_save};
 use super::view::Changed;
 use super::{
     CoordinatorConfig, CoordinatorError, CurrentJob, EndRecord, GenerationRecord, History, JobMaker, JobRecord,
-    JobState, Journal, Loads, Orders, Request, Seen, View,
+    JobState, Journal, Loads, Orders, Rejected, RemakeJob, Request, Seen, View,
 };
 use crate::checkpoint::{self, CheckpointError, Delete};
 use crate::clock::Instant;
@@ -55,6 +55,7 @@ struct EffectContext {
     job: Arc<CurrentJob>,
     journal: Journal,
     secret: [u8; 32],
+    remake: Option<RemakeJob>,
 }
 
 impl Owner {
@@ -63,12 +64,15 @@ impl Owner {
         (current, loads): (Arc<Mutex<Arc<CurrentJob>>>, Loads),
         events: mpsc::Sender<Request>,
     ) -> Result<(Self, Seen), CoordinatorError> {
-        let CoordinatorConfig { record, join_deadline, journal, is_restartable, left, jobs } = config;
+        let CoordinatorConfig { record, join_deadline, journal, is_restartable, left, jobs, rejoin } = config;
+        let timeout = rejoin.as_ref().map(|rejoin| rejoin.timeout);
         let settings = Settings {
             world: record.plan.world,
             after_load: record.after_load,
-            join_deadline,
+            // A job that was made anew waits for ranks that may have to be started elsewhere.
+            join_deadline: timeout.filter(|_| record.attempt > 0).unwrap_or(join_deadline),
             resumed: record.resumed,
+            rejoin: timeout,
         };
         let (generation, end) = left.unwrap_or_default();
         let mut membership = Membership::new(settings, journal.last(), crate::clock::now());
@@ -98,7 +102,7 @@ impl Owner {
         let owner = Self {
             membership,
             current,
-            effects: Arc::new(EffectContext { job, journal, secret }),
+            effects: Arc::new(EffectContext { job, journal, secret, remake: rejoin.map(|rejoin| rejoin.remake) }),
             queue,
             is_done: false,
             is_cancelled: false,
@@ -151,6 +155,7 @@ impl Owner {
                 Request::Cancel { number, answer } => {
                     let _ = answer.send(self.cancel(number));
                 }
+                Request::Remade(made) => self.remade(made),
                 Request::Told { number, message } => {
                     self.queue.update(number, |job| (job.state, job.message) = (JobState::Done, message));
                     self.publish(Changed::None);
@@ -161,15 +166,18 @@ impl Owner {
 
     fn handle(&mut self, event: Event) -> Result<(), Refusal> {
         let quiet = matches!(event, Event::Tick);
-        let changed = match &event {
+        let mut changed = match &event {
             Event::Join(info) => Changed::Rank(info.rank),
             Event::Renew { member, .. } => rank_of(member).map_or(Changed::None, Changed::Rank),
             Event::NextJob { .. } => Changed::All,
             _ => Changed::None,
         };
         crate::faults::point(event.name());
-        let before = self.membership.phase().name();
+        let (before, regroups) = (self.membership.phase().name(), self.membership.regroups());
         let result = self.membership.apply(crate::clock::now(), event);
+        if self.membership.regroups() != regroups {
+            changed = Changed::All;
+        }
         let after = self.membership.phase().name();
         if before != after {
             self.changed_phase(before, after);
@@ -304,15 +312,44 @@ impl Owner {
             return;
         }
         tracing::info!(number = record.number, job = %record.job, "next job");
+        (self.is_done, self.is_cancelled) = (false, false);
+        self.turn_to(record, self.effects.secret);
+        self.begin();
+    }
+
+    /// The ranks are to have this job from now on.
+    fn turn_to(&mut self, record: JobRecord, secret: [u8; 32]) {
         let job = CurrentJob::new(record);
         let sha256 = LoadPlan::sha256(&job.plan_bytes);
         *lock(&self.current) = job.clone();
-        let (journal, secret) = (self.effects.journal.clone(), self.effects.secret);
-        self.effects = Arc::new(EffectContext { job: job.clone(), journal, secret });
-        (self.is_done, self.is_cancelled, self.began) = (false, false, crate::clock::now());
+        let (journal, remake) = (self.effects.journal.clone(), self.effects.remake.clone());
+        self.effects = Arc::new(EffectContext { job: job.clone(), journal, secret, remake });
+        self.began = crate::clock::now();
         self.loads.lock().unwrap_or_else(PoisonError::into_inner).clear();
-        self.views.send_modify(|view| view.begin(&job.record, sha256));
-        self.begin();
+        self.views.send_modify(|view| {
+            view.begin(&job.record, sha256);
+            view.secret = secret;
+        });
+    }
+
+    /// The job was made anew after ranks were lost. It has a secret of its own, so that a rank of the generation before cannot
+    /// talk to this one's.
+    fn remade(&mut self, made: Result<Box<JobRecord>, Rejected>) {
+        let event = match made {
+            Ok(record) => match self.effects.journal.succeed(&record, self.membership.generation().next()) {
+                Ok(()) => {
+                    let JobRecord { after_load, resumed, step, attempt, .. } = *record;
+                    tracing::info!(attempt, %step, resumed, "the job waits for its ranks");
+                    self.turn_to(*record, random_secret());
+                    Event::JobRemade { after_load, resumed }
+                }
+                Err(error) => shell_failed(&error),
+            },
+            Err(error) => shell_failed(&error),
+        };
+        if let Err(refusal) = self.handle(event) {
+            tracing::error!(error = chain(&refusal), "the job could not be taken up again");
+        }
     }
 
     /// Has the ranks that hold begin the job at hand.
@@ -354,19 +391,19 @@ impl Owner {
         self.running.spawn("effect", async move {
             let carried_out = tokio::task::spawn_blocking(move || context.carry_out(effect)).await;
             // A job must not wait for an effect that panicked.
-            let event = carried_out.unwrap_or_else(|error| Event::ShellFailed {
-                message: format!("the coordinator failed: {error}"),
-                exit_code: Kind::Internal.exit_code(),
+            let request = carried_out.unwrap_or_else(|error| {
+                let message = format!("the coordinator failed: {error}");
+                Event::ShellFailed { message, exit_code: Kind::Internal.exit_code() }.into()
             });
             // The owner is gone only when the job is.
-            let _ = events.send(event.into()).await;
+            let _ = events.send(request).await;
         });
     }
 }
 
 impl EffectContext {
-    fn carry_out(&self, effect: Effect) -> Event {
-        match effect {
+    fn carry_out(&self, effect: Effect) -> Request {
+        let event = match effect {
             Effect::PersistGeneration(formed) => {
                 let generation = formed.generation;
                 match self.journal.persist(&GenerationRecord { formed, secret: self.secret }) {
@@ -376,7 +413,18 @@ impl EffectContext {
             }
             Effect::BeginSave(step) => self.begin(step),
             Effect::Commit { save, receipts, generation } => self.commit(&save, receipts, generation),
-        }
+            Effect::RemakeJob { committed } => return Request::Remade(self.make_anew(committed)),
+        };
+        event.into()
+    }
+
+    fn make_anew(&self, committed: bool) -> Result<Box<JobRecord>, Rejected> {
+        let record = &self.job.record;
+        let conflict = || Rejected { message: "the job cannot be made anew".to_owned(), kind: Kind::Internal };
+        let remake = self.remake.as_ref().ok_or_else(conflict)?;
+        let made = remake(record, committed || (record.attempt > 0 && record.resumed))?;
+        let (number, attempt, text) = (record.number, record.attempt + 1, record.text.clone());
+        Ok(Box::new(JobRecord { number, attempt, text, job: record.job.clone(), ..made }))
     }
 
     fn begin(&self, step: Step) -> Event {

@@ -49,8 +49,14 @@ pub struct View {
     pub models: Vec<ModelView>,
     /// What tells the files of its base from others; empty when nothing does.
     pub base_id: String,
+    /// Whether ranks that hold that base keep it.
+    pub keeps_base: bool,
     /// Whether ranks that train are to end at their next step.
     pub is_stopping: bool,
+    /// Whether the job ends because its hosts are being taken away.
+    pub is_preempted: bool,
+    /// How often the job has lost ranks and waited for them, since this process of the coordinator started.
+    pub regroups: u64,
     /// The jobs of these ranks by number, as far as they are remembered.
     pub jobs: Vec<JobView>,
 }
@@ -73,7 +79,10 @@ pub struct Orders {
     pub committed_step: Option<Step>,
     pub save_request: u64,
     pub unloaded: Vec<String>,
+    /// Empty when ranks load whatever they hold.
     pub base_id: String,
+    pub is_preempted: bool,
+    pub regroups: u64,
 }
 
 /// Whose entry an event has changed.
@@ -144,6 +153,9 @@ impl View {
             save_request: 0,
             save_answered: None,
             base_id: String::new(),
+            keeps_base: false,
+            is_preempted: false,
+            regroups: 0,
             jobs: Vec::new(),
         };
         view.begin(record, plan_sha256);
@@ -203,6 +215,9 @@ impl View {
         self.last_checkpoint = membership.last_checkpoint().map(str::to_owned);
         self.is_training = membership.is_training();
         self.is_draining = membership.is_draining();
+        self.is_preempted = membership.is_preempted();
+        self.keeps_base = membership.keeps_base();
+        self.regroups = membership.regroups();
         self.is_stopping = membership.is_stopping();
         self.committed_step = membership.committed_step();
         self.save_request = membership.save_request();
@@ -240,7 +255,9 @@ impl View {
             committed_step: self.committed_step,
             save_request: self.save_request,
             unloaded: self.models.iter().filter(|model| model.unloaded).map(|model| model.name.clone()).collect(),
-            base_id: self.base_id.clone(),
+            base_id: if self.keeps_base { self.base_id.clone() } else { String::new() },
+            is_preempted: self.is_preempted,
+            regroups: self.regroups,
         }
     }
 }

@@ -66,6 +66,11 @@ impl Kind {
 pub trait Classify: std::error::Error {
     /// What this error asks of the one who gets it.
     fn kind(&self) -> Kind;
+
+    /// The reason in a word, for programs: the kind's name, unless something finer is known.
+    fn reason(&self) -> &'static str {
+        self.kind().name()
+    }
 }
 
 /// The message of an error and of all its sources, joined by `: `.

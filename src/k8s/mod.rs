@@ -28,9 +28,7 @@ pub use diff::{Difference, differences};
 pub use flavors::Flavor;
 pub use jobset::{JobSet, JobSetSpec};
 pub use kustomize::{Kustomization, kustomization};
-pub use settings::{
-    Claim, GRPC_PORT, HEALTH_PORT, HTTP_PORT, Mount, NameError, RENDEZVOUS_PORT, Settings, check_name, file_name,
-};
+pub use settings::{Claim, GRPC_PORT, HEALTH_PORT, HTTP_PORT, Mount, NameError, Settings, check_name, file_name};
 pub use sizing::{RankNeed, Sizes, Sizing};
 pub use trainer::{TrainJob, TrainingRuntime};
 pub use yaml::{YamlError, parse, write};

@@ -17,7 +17,7 @@ use k8s_openapi::apimachinery::pkg::api::resource::Quantity;
 use k8s_openapi::apimachinery::pkg::apis::meta::v1::{LabelSelector, ObjectMeta};
 
 use super::flavors::Flavor;
-use super::settings::{GRPC_PORT, HEALTH_PORT, HTTP_PORT, RENDEZVOUS_PORT, Settings};
+use super::settings::{GRPC_PORT, HEALTH_PORT, HTTP_PORT, JOIN_SECONDS, Settings};
 
 /// "nonroot" of distroless images.
 const USER: i64 = 65_532;
@@ -96,7 +96,6 @@ pub(super) fn worker(settings: &Settings) -> PodTemplateSpec {
         command: Some(vec!["weightcast".to_owned()]),
         args: Some(worker_args(settings)),
         env: Some(worker_environment(settings)),
-        ports: (settings.nodes > 1).then(|| ports(&[("rendezvous", RENDEZVOUS_PORT)])),
         lifecycle: Some(Lifecycle {
             // Whoever still sends to this pod hears of its end first.
             pre_stop: Some(LifecycleHandler { sleep: Some(SleepAction { seconds: 1 }), ..LifecycleHandler::default() }),
@@ -179,21 +178,10 @@ fn worker_args(settings: &Settings) -> Vec<String> {
         format!("--nnodes={}", settings.nodes),
         format!("--nproc-per-node={}", settings.ranks_per_node),
     ];
-    let (coordinator, first) = match settings.flavor {
-        Flavor::Jobset => {
-            ("$(WEIGHTCAST_COORDINATOR)".to_owned(), "$(JOBSET_NAME)-workers-0-0.$(JOBSET_NAME)".to_owned())
-        }
-        Flavor::Trainjob => {
-            ("$(WEIGHTCAST_COORDINATOR)".to_owned(), "$(JOBSET_NAME)-node-0-0.$(JOBSET_NAME)".to_owned())
-        }
-        Flavor::IndexedJob => {
-            let of_pod = |host: String| format!("{host}.{}", settings.name);
-            (of_pod(settings.coordinator_host()), of_pod(settings.worker_host(0)))
-        }
+    let coordinator = match settings.flavor {
+        Flavor::Jobset | Flavor::Trainjob => "$(WEIGHTCAST_COORDINATOR)".to_owned(),
+        Flavor::IndexedJob => format!("{}.{}", settings.coordinator_host(), settings.name),
     };
-    if settings.nodes > 1 {
-        args.push(format!("--rdzv-endpoint={first}:{RENDEZVOUS_PORT}"));
-    }
     args.push(format!("--shutdown-timeout={patience}"));
     args.push(format!("--coordinator={coordinator}:{GRPC_PORT}"));
     args.push(format!("--token-file={TOKEN_DIRECTORY}/token"));
@@ -245,14 +233,14 @@ fn worker_environment(settings: &Settings) -> Vec<EnvVar> {
         }),
     };
     let mut variables = match settings.flavor {
-        Flavor::Jobset | Flavor::Trainjob => vec![
-            field("WEIGHTCAST_COORDINATOR", "metadata.annotations['jobset.sigs.k8s.io/coordinator']"),
-            field("JOBSET_NAME", "metadata.labels['jobset.sigs.k8s.io/jobset-name']"),
-        ],
+        Flavor::Jobset | Flavor::Trainjob => {
+            vec![field("WEIGHTCAST_COORDINATOR", "metadata.annotations['jobset.sigs.k8s.io/coordinator']")]
+        }
         Flavor::IndexedJob => Vec::new(),
     };
-    // Else each rank asks DNS for the coordinator to find its own address, and once only.
     variables.push(field("WEIGHTCAST_DATA_ADDRESS", "status.podIP"));
+    let name = "WEIGHTCAST_JOIN_TIMEOUT".to_owned();
+    variables.push(EnvVar { name, value: Some(JOIN_SECONDS.to_string()), value_from: None });
     variables.extend(environment(settings));
     variables
 }

@@ -1,8 +1,8 @@
 //! The transitions.
 
 use super::{
-    AfterLoad, Cause, Effect, Event, ExitPolicy, Formed, JoinInfo, Member, Membership, Phase, Progress, Refusal, Save,
-    Settings,
+    AfterLoad, Blame, Cause, Effect, Event, ExitPolicy, Formed, JoinInfo, Member, Membership, Phase, Progress, Refusal,
+    Save, Settings,
 };
 use crate::clock::Instant;
 use crate::manifest::ShardReceipt;
@@ -14,6 +14,12 @@ impl Membership {
     /// # Errors
     /// [`Refusal`], to be told to whoever caused the event.
     pub fn apply(&mut self, now: Instant, event: Event) -> Result<Vec<Effect>, Refusal> {
+        let mut effects = self.transit(now, event)?;
+        effects.extend(self.settle(now));
+        Ok(effects)
+    }
+
+    fn transit(&mut self, now: Instant, event: Event) -> Result<Vec<Effect>, Refusal> {
         match event {
             Event::Join(info) => self.join(now, info),
             Event::Renew { member, progress } => self.renew(now, &member, *progress),
@@ -25,24 +31,32 @@ impl Membership {
             }
             Event::Committed { directory } => Ok(self.committed(directory)),
             Event::ShellFailed { message, exit_code } => Ok(self.abort(Cause { rank: None, message, exit_code })),
-            Event::Failed { member, generation, message, exit_code, lost_peer } => {
-                self.failed((&member, generation), message, (exit_code, lost_peer))
+            Event::Failed { member, generation, message, exit_code, blame } => {
+                self.failed(now, (&member, generation), message, (exit_code, blame))
             }
             Event::ProcessEnded { rank, .. } if rank.0 >= self.settings.world.get() => {
                 Err(Refusal::NoSuchRank { rank: rank.0, world: self.settings.world.get() })
             }
-            Event::ProcessEnded { rank, message, exit_code } => {
-                Ok(self.abort(Cause { rank: Some(rank), message: format!("rank {rank} {message}"), exit_code }))
+            Event::ProcessEnded { rank, process_id, returns, message, exit_code } => {
+                let cause = Cause { rank: Some(rank), message: format!("rank {rank} {message}"), exit_code };
+                Ok(self.process_ended(now, process_id, returns, cause))
             }
             Event::SnapshotTaken { member, generation, step, answers } => {
                 self.snapshot_taken(&member, generation, (step, answers))
             }
             Event::Trained { member, generation } => self.trained(&member, generation),
             Event::SaveRequested { step, request } => self.save_requested(step, request),
+            Event::SaveRequestSeen { member, request } => {
+                self.current(&member)?;
+                self.save_request = self.save_request.max(request);
+                Ok(Vec::new())
+            }
             Event::UnloadRequested(model) => self.unload_requested(model),
             Event::NextJob { after_load, resumed } => self.next_job(after_load, resumed),
             Event::StopRequested => self.stop_requested(),
-            Event::DrainRequested(save) => self.drain_requested(save),
+            Event::DrainRequested { save, preempts } => self.drain_requested(save, preempts),
+            Event::LeaveRequested { member, save } => self.leave_requested(now, &member, save),
+            Event::JobRemade { after_load, resumed } => Ok(self.job_remade(after_load, resumed)),
             Event::Tick => Ok(self.tick(now)),
         }
     }
@@ -64,24 +78,32 @@ impl Membership {
             if holder.info.request_id == info.request_id {
                 return Ok(Vec::new());
             }
-            return Err(Refusal::RankTaken {
-                rank: info.rank.0,
-                process_id: holder.info.process_id,
-                host: holder.info.host.clone(),
-            });
+            let mut effects = self.supersede(now, &info)?;
+            effects.extend(self.seat(now, info));
+            return Ok(effects);
         }
+        Ok(self.seat(now, info))
+    }
+
+    fn seat(&mut self, now: Instant, info: JoinInfo) -> Vec<Effect> {
         let id = format!("{}-{}", info.rank, self.next_member);
         self.next_member += 1;
         let progress = Progress { stage: "joining".to_owned(), ..Progress::default() };
         let index = info.rank.index();
         if let Some(place) = self.members.get_mut(index) {
-            *place = Some(Member { id, info, renewed: now, progress, loaded: false, trained: false });
+            *place = Some(Member::new(id, info, progress, now));
         }
-        if self.phase == Phase::Forming && self.members.iter().all(Option::is_some) {
-            self.phase = Phase::Opening;
-            return Ok(vec![self.persist_generation()]);
+        self.open_if_complete()
+    }
+
+    /// All have joined, and there is a job for them.
+    pub(super) fn open_if_complete(&mut self) -> Vec<Effect> {
+        let is_complete = self.members.iter().all(Option::is_some) && !self.regrouping.is_remaking;
+        if self.phase != Phase::Forming || !is_complete {
+            return Vec::new();
         }
-        Ok(Vec::new())
+        self.phase = Phase::Opening;
+        vec![self.persist_generation()]
     }
 
     fn open(&mut self, generation: Generation) -> Vec<Effect> {
@@ -100,7 +122,8 @@ impl Membership {
     }
 
     fn loaded(&mut self, member: &str, generation: Generation) -> Result<Vec<Effect>, Refusal> {
-        self.of_generation(member, generation)?.loaded = true;
+        let place = self.of_generation(member, generation)?;
+        (place.loaded, place.info.holds) = (true, generation);
         let all = self.members.iter().flatten().all(|member| member.loaded);
         if self.phase != Phase::Loading || !all {
             return Ok(Vec::new());
@@ -152,6 +175,7 @@ impl Membership {
     fn committed(&mut self, directory: String) -> Vec<Effect> {
         let Phase::Committing { save } = &self.phase else { return Vec::new() };
         self.last_checkpoint = Some((save.step, directory));
+        self.let_leavers_go();
         if self.settings.after_load.train {
             self.phase = Phase::Training;
             return self.go_on_training();
@@ -215,24 +239,29 @@ impl Membership {
 
     fn failed(
         &mut self,
+        now: Instant,
         (member, generation): (&str, Generation),
         message: String,
-        (exit_code, lost_peer): (u8, Option<Rank>),
+        (exit_code, blame): (u8, Blame),
     ) -> Result<Vec<Effect>, Refusal> {
         let witness = self.of_generation(member, generation)?.info.rank;
-        // A rank that lost a peer is a witness; the peer is the cause.
-        let cause = match lost_peer {
-            Some(peer) => {
+        let words = format!("rank {witness}: {message}");
+        Ok(match blame {
+            Blame::Own => self.abort(Cause { rank: Some(witness), message: words, exit_code }),
+            // A rank that lost a peer is a witness; the peer is the cause.
+            Blame::Peer(peer) => {
                 let message = format!("rank {peer} was lost (seen by rank {witness}: {message})");
-                Cause { rank: Some(peer), message, exit_code }
+                self.lose(now, Cause { rank: Some(peer), message, exit_code })
             }
-            None => Cause { rank: Some(witness), message: format!("rank {witness}: {message}"), exit_code },
-        };
-        Ok(self.abort(cause))
+            Blame::Unknown if self.settings.rejoin.is_some() => {
+                self.lose(now, Cause { rank: None, message: words, exit_code })
+            }
+            Blame::Unknown => self.abort(Cause { rank: Some(witness), message: words, exit_code }),
+        })
     }
 
     /// MS-3: the first cause stands.
-    fn abort(&mut self, cause: Cause) -> Vec<Effect> {
+    pub(super) fn abort(&mut self, cause: Cause) -> Vec<Effect> {
         if !self.is_over() {
             self.phase = Phase::Aborted(cause);
         }
@@ -286,9 +315,13 @@ impl Membership {
     }
 
     /// MS-1: announced by `open` after the shell has made it durable.
-    fn persist_generation(&self) -> Effect {
-        let members = self.members.iter().flatten().map(|member| (member.id.clone(), member.info.clone())).collect();
-        Effect::PersistGeneration(Formed { generation: self.generation.next(), members })
+    fn persist_generation(&mut self) -> Effect {
+        let members: Vec<_> =
+            self.members.iter().flatten().map(|member| (member.id.clone(), member.info.clone())).collect();
+        // Decided once for the generation: ranks that look later must not see anything else.
+        let held = members.first().map_or(Generation::default(), |(_, info)| info.holds);
+        self.keeps_base = held != Generation::default() && members.iter().all(|(_, info)| info.holds == held);
+        Effect::PersistGeneration(Formed { generation: self.generation.next(), members, keeps_base: self.keeps_base })
     }
 
     fn stop_requested(&mut self) -> Result<Vec<Effect>, Refusal> {
@@ -300,9 +333,10 @@ impl Membership {
         Ok(Vec::new())
     }
 
-    fn drain_requested(&mut self, save: Option<Step>) -> Result<Vec<Effect>, Refusal> {
+    pub(super) fn drain_requested(&mut self, save: Option<Step>, preempts: bool) -> Result<Vec<Effect>, Refusal> {
         self.refuse_if_over()?;
         self.draining = true;
+        self.preempted |= preempts;
         self.save_before_end = save;
         match self.phase {
             Phase::Holding => Ok(self.work_done()),
@@ -316,15 +350,24 @@ impl Membership {
     }
 
     fn tick(&mut self, now: Instant) -> Vec<Effect> {
-        let expired = self.expired(now);
-        let never_joined = if self.phase == Phase::Forming { self.never_joined(now) } else { None };
-        match expired.or(never_joined) {
-            Some(cause) => self.abort(cause),
+        self.forgive_late_tick(now);
+        if self.phase == Phase::Forming {
+            if self.settings.rejoin.is_some() {
+                self.vacate_silent(now);
+            }
+            if let Some(cause) = self.never_joined(now) {
+                return self.abort(cause);
+            }
+        }
+        match self.expired(now) {
+            // Of all at once only after the time to come back.
+            Some(cause) if self.settings.rejoin.is_some() && self.are_all_silent(now) => self.abort(cause),
+            Some(cause) => self.lose(now, cause),
             None => Vec::new(),
         }
     }
 
-    fn refuse_if_over(&self) -> Result<(), Refusal> {
+    pub(super) fn refuse_if_over(&self) -> Result<(), Refusal> {
         match &self.phase {
             Phase::Aborted(cause) => Err(Refusal::Over { message: cause.message.clone() }),
             Phase::Finished => Err(Refusal::Over { message: "it is finished".to_owned() }),
@@ -332,7 +375,7 @@ impl Membership {
         }
     }
 
-    fn current(&mut self, member: &str) -> Result<&mut Member, Refusal> {
+    pub(super) fn current(&mut self, member: &str) -> Result<&mut Member, Refusal> {
         let generation = self.generation.0;
         // Ids begin with the rank (`join`).
         let rank = member.split_once('-').and_then(|(rank, _)| rank.parse::<usize>().ok());

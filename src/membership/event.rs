@@ -37,6 +37,20 @@ pub struct JoinInfo {
     pub nccl_version: String,
     /// NCCL's unique id, made by rank 0.
     pub nccl_unique_id: Vec<u8>,
+    /// The generation whose load its process still has in memory, whole; 0 when it has none.
+    #[serde(default)]
+    pub holds: Generation,
+}
+
+/// Whom a rank that cannot go on takes to be at fault.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Blame {
+    /// Itself.
+    Own,
+    /// A rank that it lost.
+    Peer(Rank),
+    /// Some other rank, or the way to it.
+    Unknown,
 }
 
 /// How far a rank is.
@@ -148,13 +162,17 @@ pub enum Event {
         message: String,
         /// Its exit code.
         exit_code: u8,
-        /// The peer that it lost, if that is why.
-        lost_peer: Option<Rank>,
+        /// Who is at fault.
+        blame: Blame,
     },
     /// The launcher saw a rank's process end with failure.
     ProcessEnded {
         /// The rank.
         rank: Rank,
+        /// The process; 0 when it is not known.
+        process_id: u32,
+        /// Whether the launcher starts it again.
+        returns: bool,
         /// How, in words.
         message: String,
         /// The exit code.
@@ -185,6 +203,13 @@ pub enum Event {
         /// The number of the request, higher than those before it.
         request: u64,
     },
+    /// A rank that watches again has seen this request for a checkpoint; a coordinator that was started again may not know of it.
+    SaveRequestSeen {
+        /// The member.
+        member: String,
+        /// The number of the request.
+        request: u64,
+    },
     /// Somebody asks the ranks to let a model go, which the job has beside its own.
     UnloadRequested(String),
     /// The next job of the queue, for ranks that hold.
@@ -196,8 +221,27 @@ pub enum Event {
     },
     /// Somebody asks the job to end, with a checkpoint if it trains; the ranks stay.
     StopRequested,
-    /// Somebody asks for an orderly end. With a step, a checkpoint of it is written first, unless this job has one.
-    DrainRequested(Option<Step>),
+    /// Somebody asks for an orderly end.
+    DrainRequested {
+        /// A checkpoint of this step is written first, unless this job has one.
+        save: Option<Step>,
+        /// Whether the hosts are being taken away, so that the job is to be started again elsewhere.
+        preempts: bool,
+    },
+    /// A rank was asked to end, because its host is being taken away.
+    LeaveRequested {
+        /// The member.
+        member: String,
+        /// As of a drain.
+        save: Option<Step>,
+    },
+    /// The shell has made the job anew, from what was committed, after ranks were lost.
+    JobRemade {
+        /// What follows its load.
+        after_load: super::AfterLoad,
+        /// Whether it is resumed from a checkpoint.
+        resumed: bool,
+    },
     /// Time passes.
     Tick,
 }
@@ -220,10 +264,13 @@ impl Event {
             Self::SnapshotTaken { .. } => "coordinator.snapshot-taken",
             Self::Trained { .. } => "coordinator.trained",
             Self::SaveRequested { .. } => "coordinator.save-requested",
+            Self::SaveRequestSeen { .. } => "coordinator.save-request-seen",
             Self::UnloadRequested(_) => "coordinator.unload-requested",
             Self::NextJob { .. } => "coordinator.next-job",
             Self::StopRequested => "coordinator.stop-requested",
-            Self::DrainRequested(_) => "coordinator.drain-requested",
+            Self::DrainRequested { .. } => "coordinator.drain-requested",
+            Self::LeaveRequested { .. } => "coordinator.leave-requested",
+            Self::JobRemade { .. } => "coordinator.job-remade",
             Self::Tick => "coordinator.tick",
         }
     }
@@ -234,6 +281,11 @@ impl Event {
 pub enum Effect {
     /// Make this generation durable, then report [`Event::GenerationDurable`].
     PersistGeneration(super::Formed),
+    /// Make the job anew from what was committed, then report [`Event::JobRemade`].
+    RemakeJob {
+        /// Whether the job has committed a checkpoint, which it then goes on from in any case.
+        committed: bool,
+    },
     /// Begin an attempt at this step, then report [`Event::SaveBegun`].
     BeginSave(Step),
     /// Seal and publish, then report [`Event::Committed`].
@@ -272,6 +324,16 @@ pub enum Refusal {
     /// Somebody has this rank already.
     #[error("rank {rank} is taken by process {process_id} on {host}")]
     RankTaken {
+        /// The rank.
+        rank: u32,
+        /// Its holder's process id.
+        process_id: u32,
+        /// Its holder's host.
+        host: String,
+    },
+    /// Somebody had this rank a moment ago, and may be gone.
+    #[error("rank {rank} is held by process {process_id} on {host}, whose lease has not ended")]
+    RankHeld {
         /// The rank.
         rank: u32,
         /// Its holder's process id.
@@ -320,14 +382,24 @@ pub enum Refusal {
     },
 }
 
+/// The reason of [`Refusal::Stale`].
+pub const STALE: &str = "stale";
+
 impl Classify for Refusal {
+    fn reason(&self) -> &'static str {
+        match self {
+            Self::Stale { .. } => STALE,
+            _ => self.kind().name(),
+        }
+    }
+
     fn kind(&self) -> Kind {
         match self {
             Self::NoSuchRank { .. } | Self::OtherWorld { .. } => Kind::Exhausted,
             Self::RankTaken { .. } | Self::SameCheckpoints { .. } => Kind::Conflict,
             Self::Stale { .. } | Self::Over { .. } => Kind::Fenced,
             Self::NoSuchJob { .. } => Kind::NotFound,
-            Self::NotNow { .. } => Kind::Unavailable,
+            Self::NotNow { .. } | Self::RankHeld { .. } => Kind::Unavailable,
         }
     }
 }

@@ -2,7 +2,7 @@
 
 use std::time::Duration;
 
-use super::{Cause, Membership};
+use super::{Cause, Member, Membership};
 use crate::clock::Instant;
 use crate::error::Kind;
 
@@ -20,8 +20,8 @@ pub const TICK: Duration = Duration::from_millis(100);
 const LATE_TICK: Duration = Duration::from_millis(300);
 
 impl Membership {
-    /// Extends leases after a late tick, and gives the rank whose lease has ended, if one has.
-    pub(super) fn expired(&mut self, now: Instant) -> Option<Cause> {
+    /// Extends leases after a late tick.
+    pub(super) fn forgive_late_tick(&mut self, now: Instant) {
         let since = now.saturating_duration_since(self.last_tick);
         self.last_tick = now;
         if since > LATE_TICK {
@@ -29,8 +29,22 @@ impl Membership {
                 member.renewed = (member.renewed + since).min(now);
             }
         }
-        let silent =
-            self.members.iter().flatten().find(|member| now.saturating_duration_since(member.renewed) > LEASE)?;
+    }
+
+    pub(super) fn are_all_silent(&self, now: Instant) -> bool {
+        self.members.iter().flatten().all(|member| is_silent(member, now))
+    }
+
+    /// The rank whose lease has ended, if one has. Where ranks may come back, one is lost only if another is heard: when nobody is,
+    /// it is this process that is cut off, and the ranks go on without it; but not for ever.
+    pub(super) fn expired(&self, now: Instant) -> Option<Cause> {
+        let silent = self.members.iter().flatten().find(|member| is_silent(member, now))?;
+        if let Some(rejoin) = self.settings.rejoin
+            && self.are_all_silent(now)
+            && now.saturating_duration_since(silent.renewed) < rejoin
+        {
+            return None;
+        }
         let seconds = now.saturating_duration_since(silent.renewed).as_secs_f64();
         Some(Cause {
             rank: Some(silent.info.rank),
@@ -58,10 +72,14 @@ impl Membership {
             .filter(|rank| self.member(*rank).is_none())
             .map(|rank| rank.to_string())
             .collect();
-        Some(Cause {
-            rank: None,
-            message: format!("ranks {} have not joined within {:.0} s", absent.join(", "), waited.as_secs_f64()),
-            exit_code: Kind::Deadline.exit_code(),
-        })
+        let mut message = format!("ranks {} have not joined within {:.0} s", absent.join(", "), waited.as_secs_f64());
+        if let Some(cause) = self.regroups_because() {
+            message = format!("{message} after the ranks were lost: {}", cause.message);
+        }
+        Some(Cause { rank: None, message, exit_code: Kind::Deadline.exit_code() })
     }
+}
+
+pub(super) fn is_silent(member: &Member, now: Instant) -> bool {
+    now.saturating_duration_since(member.renewed) > LEASE
 }

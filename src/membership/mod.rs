@@ -8,11 +8,16 @@
 //! - `MS-1`: a generation number is given out only after the shell has made it durable.
 //! - `MS-2`: a message of another generation, or of a member that is not current, changes nothing (fencing).
 //! - `MS-3`: an aborted or finished job never goes back to work.
+//! - `MS-4`: a job whose ranks may come back goes on from what was committed, in a new generation, when they have; no rank of the
+//!   generation before takes part without having joined again.
 
 mod apply;
 mod event;
 mod figures;
 mod leases;
+mod regroup;
+#[cfg(test)]
+mod regroup_tests;
 #[cfg(test)]
 mod tests;
 
@@ -21,7 +26,7 @@ use std::time::Duration;
 
 use serde::{Deserialize, Serialize};
 
-pub use event::{Effect, Event, ExitPolicy, JoinInfo, Progress, Refusal, TrainingProgress};
+pub use event::{Blame, Effect, Event, ExitPolicy, JoinInfo, Progress, Refusal, STALE, TrainingProgress};
 pub use figures::RankFigures;
 pub use leases::{LEASE, RENEW_INTERVAL, TICK};
 
@@ -52,6 +57,8 @@ pub struct Settings {
     pub join_deadline: Duration,
     /// Whether the job was resumed from a checkpoint, which then already has what it holds.
     pub resumed: bool,
+    /// How long the job waits for ranks that it lost; without it, it ends when it loses one.
+    pub rejoin: Option<Duration>,
 }
 
 /// The job as a whole.
@@ -77,6 +84,12 @@ pub struct Membership {
     save_answered: Option<(u64, Step)>,
     /// Models that ranks are to let go.
     unloaded: BTreeSet<String>,
+    /// Whether the job ends because its hosts are being taken away.
+    preempted: bool,
+    /// How the job lost ranks and waits for them.
+    regrouping: regroup::Regrouping,
+    /// Whether the ranks of this generation keep what they had loaded in an earlier one.
+    keeps_base: bool,
 }
 
 /// What the job is doing.
@@ -150,6 +163,8 @@ pub struct Member {
     pub progress: Progress,
     loaded: bool,
     trained: bool,
+    /// It was asked to end.
+    leaving: bool,
 }
 
 /// A generation and who belongs to it: what a restarted coordinator must know to go on with the same ranks.
@@ -159,6 +174,9 @@ pub struct Formed {
     pub generation: Generation,
     /// By rank, the member's id and what it said when it joined.
     pub members: Vec<(String, JoinInfo)>,
+    /// Whether they keep what they had loaded in an earlier generation, as far as this one loads the same.
+    #[serde(default)]
+    pub keeps_base: bool,
 }
 
 impl Membership {
@@ -181,6 +199,9 @@ impl Membership {
             save_request: 0,
             save_answered: None,
             unloaded: BTreeSet::new(),
+            preempted: false,
+            regrouping: regroup::Regrouping::default(),
+            keeps_base: false,
         }
     }
 
@@ -191,9 +212,10 @@ impl Membership {
         self.generation = formed.generation;
         self.phase = Phase::Loading;
         self.last_checkpoint = last_checkpoint;
+        self.keeps_base = formed.keeps_base;
         let (renewed, count) = (self.started, formed.members.len());
         for (place, (id, info)) in self.members.iter_mut().zip(formed.members) {
-            *place = Some(Member { id, info, renewed, progress: Progress::default(), loaded: false, trained: false });
+            *place = Some(Member::new(id, info, Progress::default(), renewed));
         }
         // Ids end with a number that a generation uses once.
         self.next_member = crate::types::as_u64(count) + 1;
@@ -275,6 +297,30 @@ impl Membership {
         self.draining
     }
 
+    /// Whether the job ends because its hosts are being taken away.
+    #[must_use]
+    pub const fn is_preempted(&self) -> bool {
+        self.preempted
+    }
+
+    /// Whether the ranks of this generation keep what they had loaded in an earlier one, as far as the plans agree.
+    #[must_use]
+    pub const fn keeps_base(&self) -> bool {
+        self.keeps_base
+    }
+
+    /// How often the job has lost ranks and waited for them.
+    #[must_use]
+    pub const fn regroups(&self) -> u64 {
+        self.regrouping.count
+    }
+
+    /// Why the job waits for ranks, while it does.
+    #[must_use]
+    pub fn regroups_because(&self) -> Option<&Cause> {
+        self.regrouping.cause.as_ref().filter(|_| matches!(self.phase, Phase::Forming))
+    }
+
     /// Whether ranks that train are to end at their next step.
     #[must_use]
     pub const fn is_stopping(&self) -> bool {
@@ -285,5 +331,11 @@ impl Membership {
     #[must_use]
     pub const fn is_over(&self) -> bool {
         matches!(self.phase, Phase::Finished | Phase::Aborted(_))
+    }
+}
+
+impl Member {
+    fn new(id: String, info: JoinInfo, progress: Progress, renewed: Instant) -> Self {
+        Self { id, info, renewed, progress, loaded: false, trained: false, leaving: false }
     }
 }

@@ -14,7 +14,8 @@ impl Job {
     fn new(world: u32, after_load: AfterLoad) -> Self {
         let now = crate::clock::now();
         let world = WorldSize::new(world).expect("not zero");
-        let settings = Settings { world, after_load, join_deadline: Duration::from_secs(60), resumed: false };
+        let settings =
+            Settings { world, after_load, join_deadline: Duration::from_secs(60), resumed: false, rejoin: None };
         Self { membership: Membership::new(settings, Generation(7), now), now }
     }
 
@@ -34,6 +35,7 @@ impl Job {
             device: "cpu".to_owned(),
             nccl_version: String::new(),
             nccl_unique_id: Vec::new(),
+            holds: Generation(0),
         }))
     }
 
@@ -109,6 +111,7 @@ fn joins_are_refused_with_the_reason() {
         device: String::new(),
         nccl_version: String::new(),
         nccl_unique_id: Vec::new(),
+        holds: Generation(0),
     };
     let taken = Refusal::RankTaken { rank: 0, process_id: 100, host: "a".to_owned() };
     assert_eq!(job.apply(Event::Join(other.clone())).expect_err("taken"), taken);
@@ -170,10 +173,17 @@ fn ms_3_the_first_cause_stands() {
         generation: Generation(8),
         message: "connection reset".to_owned(),
         exit_code: 69,
-        lost_peer: Some(Rank(1)),
+        blame: Blame::Peer(Rank(1)),
     };
     job.apply(failed).expect("current");
-    job.apply(Event::ProcessEnded { rank: Rank(0), message: "exited".to_owned(), exit_code: 1 }).expect("no refusal");
+    job.apply(Event::ProcessEnded {
+        rank: Rank(0),
+        process_id: 0,
+        returns: false,
+        message: "exited".to_owned(),
+        exit_code: 1,
+    })
+    .expect("no refusal");
     let Phase::Aborted(cause) = job.membership.phase() else { unreachable!("it failed") };
     assert_eq!(cause.rank, Some(Rank(1)));
     assert!(job.join(0).is_err());
@@ -192,7 +202,7 @@ fn a_holding_job_saves_and_drains_on_request() {
         job.apply(Event::SaveRequested { step: Step(0), request: 1 }).expect("now")[..],
         [Effect::BeginSave(Step(0))]
     ));
-    job.apply(Event::DrainRequested(None)).expect("accepted while saving");
+    job.apply(Event::DrainRequested { save: None, preempts: false }).expect("accepted while saving");
     job.apply(Event::SaveBegun { attempt: Attempt(3), directory: String::new() }).expect("no refusal");
     job.saved(0).expect("current");
     job.apply(Event::Committed { directory: "d".to_owned() }).expect("no refusal");
@@ -217,8 +227,8 @@ fn ranks_that_never_join_are_named() {
 #[test]
 fn a_drain_while_loading_saves_before_it_ends() {
     let mut job = Job::formed(1, HOLD);
-    job.apply(Event::DrainRequested(Some(Step(0)))).expect("accepted");
-    job.apply(Event::DrainRequested(Some(Step(0)))).expect("accepted");
+    job.apply(Event::DrainRequested { save: Some(Step(0)), preempts: false }).expect("accepted");
+    job.apply(Event::DrainRequested { save: Some(Step(0)), preempts: false }).expect("accepted");
     assert!(matches!(job.loaded(0).expect("current")[..], [Effect::BeginSave(Step(0))]));
     job.apply(Event::SaveBegun { attempt: Attempt(3), directory: String::new() }).expect("no refusal");
     job.saved(0).expect("current");
@@ -338,7 +348,7 @@ fn a_save_of_a_training_job_is_of_a_step_after_the_request() {
 fn a_drain_while_training_ends_with_the_training() {
     let mut job = Job::formed(1, TRAIN);
     job.loaded(0).expect("current");
-    job.apply(Event::DrainRequested(Some(Step(0)))).expect("accepted");
+    job.apply(Event::DrainRequested { save: Some(Step(0)), preempts: false }).expect("accepted");
     assert!(job.membership.is_training() && job.membership.is_draining());
     assert!(matches!(job.snapshot(7)[..], [Effect::BeginSave(Step(7))]));
     assert!(job.snapshot(7).is_empty());

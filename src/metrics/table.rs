@@ -85,6 +85,7 @@ metrics! {
     JobGeneration: Gauge "weightcast_job_generation" "" [] "The current generation; 0 before the first one is formed";
     JobPhase: Gauge "weightcast_job_phase" "" ["phase"] "1 for the phase that the job is in, 0 for the others";
     JobDraining: Gauge "weightcast_job_draining" "" [] "1 when the job was asked to end";
+    JobRegroups: Counter "weightcast_job_regroups" "" [] "Times that the job has lost ranks and waited for them";
     RankJoins: Counter "weightcast_rank_joins" "" ["rank"] "Times that the rank has joined this process of the coordinator";
     RankStage: Gauge "weightcast_rank_stage" "" ["rank", "stage"] "1 for the stage that the rank is in, 0 for the others";
     RankLeaseAge: Gauge "weightcast_rank_lease_age" "seconds" ["rank"] "Since the rank was last heard of; its lease is 3 seconds";

@@ -15,6 +15,9 @@ use crate::tls::Tls;
 
 /// How long a connection may take to be made.
 const CONNECT_TIMEOUT: Duration = Duration::from_secs(5);
+/// The same for those who try again at once: where packets were lost a new connection comes through sooner than the old one's
+/// next attempt, which the kernel makes after 1, 2, 4 s and so on.
+pub const SHORT_CONNECT_TIMEOUT: Duration = Duration::from_millis(1500);
 /// The deadline of a call.
 const CALL_DEADLINE: Duration = Duration::from_secs(20);
 /// HTTP/2 pings while a call is open, and how long an answer to them may take: a watch on a dead coordinator ends.
@@ -83,10 +86,18 @@ impl Clients {
     /// # Errors
     /// [`ConnectError`].
     pub async fn connect(address: &str, tls: Option<&Tls>) -> Result<Self, ConnectError> {
+        Self::connect_within(CONNECT_TIMEOUT, address, tls).await
+    }
+
+    /// As [`Self::connect`], with a time of its own for the connection.
+    ///
+    /// # Errors
+    /// [`ConnectError`].
+    pub async fn connect_within(limit: Duration, address: &str, tls: Option<&Tls>) -> Result<Self, ConnectError> {
         let bad = |source| ConnectError::Address { address: address.to_owned(), source };
         let endpoint = Endpoint::from_shared(format!("http://{address}"))
             .map_err(bad)?
-            .connect_timeout(CONNECT_TIMEOUT)
+            .connect_timeout(limit)
             .http2_keep_alive_interval(KEEPALIVE)
             .keep_alive_timeout(WATCH_SILENCE)
             .tcp_nodelay(true);
@@ -109,11 +120,28 @@ impl Clients {
     }
 }
 
+/// A rank's process that ended with failure.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct ProcessEnded {
+    /// The rank.
+    pub rank: u32,
+    /// Its process.
+    pub process_id: u32,
+    /// Its exit code, 128 + n for a signal.
+    pub exit_code: u8,
+    /// Whether its launcher starts it again.
+    pub will_restart: bool,
+    /// How it ended, in words.
+    pub message: String,
+}
+
 impl Clients {
     /// Tells of a rank's process that ended with failure; whether the coordinator took it.
-    pub async fn report_process_ended(&mut self, token: &Token, rank: u32, message: String, exit_code: u8) -> bool {
+    pub async fn report_process_ended(&mut self, token: &Token, ended: ProcessEnded) -> bool {
+        let ProcessEnded { rank, process_id, exit_code, will_restart, message } = ended;
         let request_id = format!("ended-{rank}-{:x}", crate::clock::unix_ns());
-        let report = v1::ReportProcessEndedRequest { request_id, rank, message, exit_code: u32::from(exit_code) };
+        let exit_code = u32::from(exit_code);
+        let report = v1::ReportProcessEndedRequest { request_id, rank, message, exit_code, process_id, will_restart };
         match request(token, report) {
             Ok(report) => self.job.report_process_ended(report).await.is_ok(),
             Err(_) => false,

@@ -62,9 +62,13 @@ impl JobService for JobServer {
             let message = "the job has no checkpoint directory";
             return Err(refused(Code::FailedPrecondition, "no-checkpoints", message));
         };
-        // Rises from one coordinator of a job to the next.
-        let asked = u64::try_from(crate::clock::unix_ns()).unwrap_or(u64::MAX);
-        let trains = self.coordinator.views().borrow().is_training;
+        // Rises from one coordinator of a job to the next, also when the clock is set back.
+        let now = u64::try_from(crate::clock::unix_ns()).unwrap_or(0);
+        let (asked, trains) = {
+            let views = self.coordinator.views();
+            let view = views.borrow();
+            (now.max(view.save_request + 1), view.is_training)
+        };
         let event = Event::SaveRequested { step, request: asked };
         self.coordinator.apply(event).await.map_err(|refusal| status(&refusal))?;
         let mut views = self.coordinator.views();
@@ -116,8 +120,13 @@ impl JobService for JobServer {
         expect_deadline(&request)?;
         self.expect_commander(&request)?;
         // A job without a place for checkpoints ends as well, with nothing to save.
-        let step = self.coordinator.next_step().filter(|_| request.get_ref().save);
-        self.coordinator.apply(Event::DrainRequested(step)).await.map_err(|refusal| status(&refusal))?;
+        let save = self.coordinator.next_step().filter(|_| request.get_ref().save);
+        // A member asks because its own host is being taken away.
+        let event = match request.metadata().get(MEMBER).and_then(|member| member.to_str().ok()) {
+            Some(member) => Event::LeaveRequested { member: member.to_owned(), save },
+            None => Event::DrainRequested { save, preempts: false },
+        };
+        self.coordinator.apply(event).await.map_err(|refusal| status(&refusal))?;
         let views = self.coordinator.views();
         let header = convert::header(&self.coordinator, &views.borrow());
         Ok(Response::new(v1::DrainResponse { header: Some(header) }))
@@ -172,7 +181,8 @@ impl JobService for JobServer {
             return Err(status(&Refusal::NoSuchRank { rank: report.rank, world }));
         }
         let message = validate::report(&report.message);
-        let event = Event::ProcessEnded { rank: Rank(report.rank), message, exit_code };
+        let (process_id, returns) = (report.process_id, report.will_restart);
+        let event = Event::ProcessEnded { rank: Rank(report.rank), process_id, returns, message, exit_code };
         self.coordinator.apply(event).await.map_err(|refusal| status(&refusal))?;
         let views = self.coordinator.views();
         let header = convert::header(&self.coordinator, &views.borrow());

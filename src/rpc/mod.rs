@@ -24,11 +24,12 @@ mod worker;
 
 pub use auth::{Access, Token, TokenError};
 pub use client::{
-    Clients, ConnectError, MEMBER, WATCH_SILENCE, describe_status, lasting_request, patient_request, request,
+    Clients, ConnectError, MEMBER, ProcessEnded, SHORT_CONNECT_TIMEOUT, WATCH_SILENCE, describe_status,
+    lasting_request, patient_request, request,
 };
 pub(crate) use convert::{figures as rank_figures, training as training_progress};
 pub use health::{Health, serve_health};
 pub use lines::LineReport;
 pub use server::{Listener, Security, ServeError, serve};
-pub use status::{kind_of, status};
+pub use status::{is_stale, kind_of, status};
 pub use swarm::{SwarmError, SwarmTimes, swarm};

@@ -7,6 +7,7 @@ use tonic::{Code, Status};
 use tonic_types::{ErrorDetails, StatusExt as _};
 
 use crate::error::{Classify, Kind};
+use crate::membership::STALE;
 
 /// The domain of error reasons.
 const DOMAIN: &str = "weightcast.v1";
@@ -29,11 +30,17 @@ pub(super) fn refused(code: Code, reason: &str, message: &str) -> Status {
 pub fn status<E: Classify>(error: &E) -> Status {
     let kind = error.kind();
     let mut details = ErrorDetails::new();
-    details.set_error_info(kind.name(), DOMAIN, HashMap::new());
+    details.set_error_info(error.reason(), DOMAIN, HashMap::new());
     if kind.is_retryable() {
         details.set_retry_info(Some(RETRY_DELAY));
     }
     Status::with_error_details(code(kind), error.to_string(), details)
+}
+
+/// Whether the caller is told that it is not, or no longer, a member.
+#[must_use]
+pub fn is_stale(status: &Status) -> bool {
+    status.code() == Code::Aborted && status.get_error_details().error_info().is_some_and(|info| info.reason == STALE)
 }
 
 const fn code(kind: Kind) -> Code {

@@ -165,11 +165,12 @@ impl Rank {
             device: "cpu".to_owned(),
             nccl_version: String::new(),
             nccl_unique_id: Vec::new(),
+            holds_generation: 0,
         };
         let refused = |status: tonic::Status| SwarmError::Refused { rank: number, message: describe_status(&status) };
         let request = patient_request(&token, join, DEADLINE)?;
         let member = clients.worker.join(request).await.map_err(refused)?.into_inner().member_id;
-        let mut request = tonic::Request::new(v1::WatchRequest { member_id: member.clone() });
+        let mut request = tonic::Request::new(v1::WatchRequest { member_id: member.clone(), save_request: 0 });
         request.metadata_mut().insert("authorization", token.header()?);
         let snapshots = clients.worker.watch(request).await.map_err(refused)?.into_inner();
         Ok(Self { number, clients, token, member, snapshots })

@@ -13,7 +13,7 @@ use super::status::{refused, status};
 use super::validate;
 use super::{convert, lines};
 use crate::coordinator::Coordinator;
-use crate::membership::{Event, JoinInfo, LEASE, Phase, RENEW_INTERVAL, Refusal};
+use crate::membership::{Blame, Event, JoinInfo, LEASE, Phase, RENEW_INTERVAL, Refusal};
 use crate::types::{Attempt, Generation, Rank, Step};
 
 /// Parts of the plan are at most this long, well below gRPC's message limit of 4 MiB.
@@ -67,6 +67,7 @@ impl WorkerService for WorkerServer {
             device: join.device,
             nccl_version: join.nccl_version,
             nccl_unique_id: join.nccl_unique_id,
+            holds: Generation(join.holds_generation),
         }))
         .await?;
         let member = {
@@ -83,15 +84,20 @@ impl WorkerService for WorkerServer {
             member_id,
             lease_ms: milliseconds(LEASE),
             renew_interval_ms: milliseconds(RENEW_INTERVAL),
+            rejoin_ms: self.coordinator.rejoin_timeout().map_or(0, milliseconds),
         }))
     }
 
     type WatchStream = ResponseStream<v1::WatchResponse>;
 
     async fn watch(&self, request: Request<v1::WatchRequest>) -> Result<Response<Self::WatchStream>, Status> {
-        let member = request.into_inner().member_id;
+        let v1::WatchRequest { member_id: member, save_request } = request.into_inner();
         validate::id("member_id", &member)?;
         let coordinator = self.coordinator.clone();
+        if save_request > 0 {
+            // Of a member that is none, the watch itself says so.
+            let _ = self.apply(Event::SaveRequestSeen { member: member.clone(), request: save_request }).await;
+        }
         let follower = coordinator.follow();
         {
             let views = coordinator.views();
@@ -99,11 +105,17 @@ impl WorkerService for WorkerServer {
             // The end is told to everybody: after a restart the members may be forgotten.
             let known = view.ranks.iter().any(|rank| rank.member.as_ref() == Some(&member));
             if !known && !matches!(view.phase, Phase::Finished | Phase::Aborted(_)) {
-                return Err(status(&Refusal::Stale { member, generation: view.generation.0 }));
+                return Err(status(&Refusal::Stale { member: member.clone(), generation: view.generation.0 }));
             }
         }
-        let changes = WatchStream::new(self.coordinator.orders()).map(move |orders| {
+        let orders = self.coordinator.orders();
+        let regroups = orders.borrow().regroups;
+        let changes = WatchStream::new(orders).map(move |orders| {
             let _ = &follower;
+            // What the next generation is told, its secret above all, is for those who join it.
+            if orders.regroups != regroups && !matches!(orders.phase, Phase::Finished | Phase::Aborted(_)) {
+                return Err(status(&Refusal::Stale { member: member.clone(), generation: orders.generation.0 }));
+            }
             Ok(convert::watch(&coordinator, &orders))
         });
         Ok(Response::new(Box::pin(changes)))
@@ -198,7 +210,11 @@ impl WorkerService for WorkerServer {
             generation: Generation(report.generation),
             message: validate::report(&report.message),
             exit_code: u8::try_from(report.exit_code).unwrap_or(1),
-            lost_peer: report.lost_peer.map(Rank),
+            blame: match report.lost_peer {
+                Some(peer) => Blame::Peer(Rank(peer)),
+                None if report.lost_contact => Blame::Unknown,
+                None => Blame::Own,
+            },
         })
         .await?;
         Ok(Response::new(v1::ReportFailedResponse { header: self.header() }))

@@ -92,6 +92,20 @@ impl Control {
         Self { shared: Arc::default(), cancel }
     }
 
+    /// A new line for another generation of the same process, which goes on counting. What still waits on this one never hears of
+    /// the new one.
+    #[must_use]
+    pub fn renewed(&self, cancel: Cancel) -> Self {
+        let copy = |cell: &AtomicU64| AtomicU64::new(cell.load(Ordering::Relaxed));
+        let shared = Shared {
+            checkpoint_bytes: copy(&self.shared.checkpoint_bytes),
+            checkpoint_ns: copy(&self.shared.checkpoint_ns),
+            stall_ns: copy(&self.shared.stall_ns),
+            ..Shared::default()
+        };
+        Self { shared: Arc::new(shared), cancel }
+    }
+
     /// For another run of the same process: nothing is asked for any more, and nothing was said.
     pub fn reset(&self) {
         self.shared.stop.store(false, Ordering::Relaxed);

@@ -21,6 +21,7 @@ pub(super) fn measure(coordinator: &Coordinator, viewers: u64, now: Instant) -> 
         samples.set(MetricId::RpcRequests, &[method, code], count);
     }
     job(&mut samples, &view);
+    samples.set(MetricId::JobRegroups, &[], history.regroups);
     for (rank, joins) in history.joins.iter().enumerate() {
         samples.set(MetricId::RankJoins, &[&rank.to_string()], *joins);
     }

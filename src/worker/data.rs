@@ -18,12 +18,13 @@ use crate::device::Device;
 use crate::error::{Classify, Kind, chain};
 use crate::load::{Cancel, LoadError, LoadReport};
 use crate::manifest::ShardReceipt;
+use crate::membership::Blame;
 use crate::plan::{LoadPlan, Strategy};
 use crate::state::StateDict;
 use crate::store::{StoreError, open_root};
 use crate::telemetry::TraceSpan;
 use crate::train::{Control, Grant, News, TrainError, TrainRequest, train};
-use crate::types::{Attempt, DeviceWish, Rank, Step};
+use crate::types::{Attempt, DeviceWish, Generation, Rank, Step};
 
 /// What the data thread is told to do.
 #[derive(Debug)]
@@ -36,6 +37,8 @@ pub(super) enum Command {
     Train(Option<PathBuf>),
     /// Let a model go.
     Unload(String),
+    /// The generation is over: leave its group, keep the base, and be ready for another one.
+    Regroup(TcpPort, Watched),
 }
 
 /// Which try at a checkpoint is written.
@@ -76,6 +79,8 @@ pub(super) enum Outcome {
         answers: u64,
     },
     Trained,
+    /// Ready for another generation; the one whose load is still here, if it is.
+    Regrouped(Generation),
     Failed(Failure),
 }
 
@@ -85,17 +90,6 @@ pub(super) struct Failure {
     pub(super) message: String,
     pub(super) exit_code: u8,
     pub(super) blame: Blame,
-}
-
-/// Who is at fault.
-#[derive(Clone, Copy, Debug, PartialEq, Eq)]
-pub(super) enum Blame {
-    /// This rank.
-    Own,
-    /// A rank that is gone.
-    Peer(Rank),
-    /// Some other rank.
-    Unknown,
 }
 
 /// What other threads see of the data thread, and how they end its work.
@@ -119,6 +113,13 @@ impl Default for Watched {
 }
 
 impl Watched {
+    /// For another generation of the same process.
+    pub(super) fn renewed(&self) -> Self {
+        let cancel = Cancel::default();
+        let control = self.control.renewed(cancel.clone());
+        Self { cancel, control, figures: self.figures.clone(), ..Self::default() }
+    }
+
     /// Ends whatever the data thread is doing, within 100 ms.
     pub(super) fn abort(&self, reason: &str) {
         self.cancel.cancel();
@@ -134,7 +135,12 @@ impl Watched {
     }
 
     pub(super) fn set_abort(&self, handle: AbortHandle) {
-        *self.abort.lock().unwrap_or_else(PoisonError::into_inner) = Some(handle);
+        let mut abort = self.abort.lock().unwrap_or_else(PoisonError::into_inner);
+        // Whoever cancelled in the meantime found no handle.
+        if self.cancel.is_cancelled() {
+            handle.abort("cancelled");
+        }
+        *abort = Some(handle);
     }
 }
 
@@ -153,6 +159,8 @@ pub(super) struct Held {
     state: StateDict,
     /// By name, those beside it.
     others: BTreeMap<String, StateDict>,
+    /// The generation that loaded it, or found it here.
+    generation: Generation,
     group: Group,
     /// For training and for the next job; with the memory that it moves.
     comm: Option<Kept>,
@@ -187,7 +195,11 @@ impl DataThread {
     /// Carries out commands until there are no more.
     pub(super) fn run(mut self, commands: &mpsc::Receiver<Command>, outcomes: &async_mpsc::Sender<Outcome>) {
         while let Ok(command) = commands.recv() {
+            let is_cancelled = self.watched.cancel.is_cancelled();
             let outcome = match command {
+                Command::Regroup(port, watched) => self.regroup(port, watched),
+                // Of a generation that is over.
+                _ if is_cancelled => continue,
                 Command::Load(command) => {
                     let mut span = TraceSpan::child(&command.traceparent, "load shard");
                     span.count("weightcast.rank", u64::from(command.meeting.group.rank.0));
@@ -209,9 +221,18 @@ impl DataThread {
         }
     }
 
+    fn regroup(&mut self, port: TcpPort, watched: Watched) -> Outcome {
+        (self.port, self.watched) = (Some(port), watched);
+        let held = self.held.as_mut().map(|held| {
+            held.comm = None;
+            held.generation
+        });
+        Outcome::Regrouped(held.unwrap_or_default())
+    }
+
     fn load(&mut self, command: LoadCommand) -> Result<Outcome, Failure> {
         let LoadCommand { plan, root, base_id, meeting, .. } = command;
-        let group = meeting.group;
+        let (group, generation) = (meeting.group, meeting.generation);
         let device = placed(self.offer.device, &plan, group.rank)?;
         // The base of the job before stays where it is; another one makes room first.
         let mut comm = None;
@@ -219,7 +240,7 @@ impl DataThread {
             if held.is_base_of(&plan, &base_id) {
                 tracing::info!(rank = %group.rank, "the base is here already");
                 let report = held.report();
-                self.held = Some(Held { plan, ..held });
+                self.held = Some(Held { plan, generation, ..held });
                 self.connect_for(device, meeting)?;
                 return Ok(Outcome::Loaded(Box::new(report)));
             }
@@ -250,7 +271,7 @@ impl DataThread {
             report.sent_bytes = traffic.payload_sent_bytes - before.payload_sent_bytes;
             report.received_bytes = traffic.payload_received_bytes - before.payload_received_bytes;
         }
-        self.held = Some(Held { plan, base_id, state, others, group, comm });
+        self.held = Some(Held { plan, base_id, state, others, generation, group, comm });
         Ok(Outcome::Loaded(Box::new(report)))
     }
 
@@ -369,7 +390,7 @@ fn traced(mut span: TraceSpan, result: Result<Outcome, Failure>) -> Outcome {
             span.count("weightcast.written_bytes", receipt.file.as_ref().map_or(0, |file| file.bytes));
         }
         Outcome::Failed(failure) => span.fail(&failure.message),
-        Outcome::SnapshotTaken { .. } | Outcome::Trained => {}
+        Outcome::SnapshotTaken { .. } | Outcome::Trained | Outcome::Regrouped(_) => {}
     }
     outcome
 }

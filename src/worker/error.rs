@@ -27,6 +27,14 @@ pub enum WorkerError {
         /// Its kind.
         kind: Kind,
     },
+    /// The job has lost ranks, and goes on with those that join again.
+    #[error("rank {rank} is to join again: {message}")]
+    Stale {
+        /// The rank.
+        rank: u32,
+        /// The coordinator's words.
+        message: String,
+    },
     /// The coordinator cancelled the job.
     #[error("the job was ended: {message}")]
     Aborted {
@@ -91,6 +99,7 @@ impl WorkerError {
             Self::Refused { kind, .. } if !kind.is_retryable() => Kind::Conflict.exit_code(),
             Self::Refused { kind, .. } => kind.exit_code(),
             Self::CoordinatorLost { .. } => Kind::Unavailable.exit_code(),
+            Self::Stale { .. } => Kind::Fenced.exit_code(),
             Self::System { .. } => Kind::Internal.exit_code(),
             Self::Comm(source) => source.kind().exit_code(),
             Self::Device(source) => source.kind().exit_code(),

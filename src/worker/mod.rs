@@ -10,9 +10,12 @@ mod calls;
 mod data;
 mod error;
 mod figures;
+mod joining;
+mod leaving;
 mod models;
 mod plane;
 mod proc_stat;
+mod renewing;
 mod reports;
 mod session;
 
@@ -57,6 +60,8 @@ pub struct WorkerConfig {
     pub local: LocalRank,
     /// The path of libnccl, unless the dynamic linker finds it.
     pub nccl_library: Option<PathBuf>,
-    /// How long the coordinator may be out of reach before the rank gives up.
+    /// How long the coordinator is looked for at the beginning.
+    pub join_deadline: Duration,
+    /// How long the coordinator may be out of reach before the rank gives up, if the coordinator does not grant more.
     pub coordinator_deadline: Duration,
 }

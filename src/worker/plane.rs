@@ -8,12 +8,13 @@
 use std::net::SocketAddr;
 
 use super::WorkerConfig;
-use super::data::{Blame, Failure, Watched, comm_failure};
+use super::data::{Failure, Watched, comm_failure};
 use crate::comm::nccl::{self, NcclConfig, NcclLibrary, NcclUniqueId};
 use crate::comm::tcp::{self, DEFAULT_DEADLINE, DEFAULT_IDLE_DEADLINE, TcpConfig, TcpPort};
 use crate::comm::{Communicator, Counters, Group};
 use crate::device::{self, Device, DeviceError};
 use crate::error::{Kind, chain};
+use crate::membership::Blame;
 use crate::plan::DeviceRule;
 use crate::tls::Tls;
 use crate::types::{BackendWish, Generation, Rank, Sharing};
@@ -55,6 +56,13 @@ impl Offer {
         match library.unique_id() {
             Ok(id) => Ok(Self { device, library: Ok(library), unique_id: Some(id) }),
             Err(error) => Ok(none(&chain(&error))),
+        }
+    }
+
+    /// For another generation: an id names one group, once.
+    pub(super) fn renew(&mut self) {
+        if let (Ok(library), Some(_)) = (&self.library, &self.unique_id) {
+            self.unique_id = library.unique_id().ok();
         }
     }
 

@@ -64,7 +64,7 @@ impl Session {
                 self.reported.trained = Some(v1::ReportTrainedRequest { request_id, member_id, generation, step });
                 self.report_trained().await?;
             }
-            Outcome::Failed(_) => {}
+            Outcome::Failed(_) | Outcome::Regrouped(_) => {}
         }
         Ok(())
     }

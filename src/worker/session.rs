@@ -1,28 +1,28 @@
-//! The session with the coordinator: join, renew, follow the snapshots, report.
+//! The session with the coordinator: follow the snapshots, have the data thread do what they say, report.
+//!
+//! Refuses to know: how the coordinator is found again (`joining`), leases (`renewing`), signals (`leaving`).
 
 use std::collections::BTreeSet;
-use std::net::SocketAddr;
+use std::net::{IpAddr, SocketAddr};
 use std::path::{Path, PathBuf};
-use std::sync::atomic::{AtomicBool, Ordering};
 use std::sync::{Arc, mpsc};
 use std::time::Duration;
 
-use tokio::signal::unix::{SignalKind, signal};
-use tokio::sync::mpsc as async_mpsc;
+use tokio::sync::{Notify, mpsc as async_mpsc, watch};
 use tonic::Streaming;
-use weightcast_proto::{PROTOCOL_VERSION, v1};
+use weightcast_proto::v1;
 
-use super::calls::{RETRY_DELAY, drain, enter, ip_towards, join_and_watch, open_watch, refused};
-use super::data::{Blame, Command, DataThread, Failure, LoadCommand, Outcome, SaveCommand, Watched};
+use super::calls::{Entered, Joined, refused};
+use super::data::{Command, DataThread, Failure, LoadCommand, Outcome, SaveCommand, Watched};
+use super::leaving::Leaving;
 use super::plane::{Meeting, Offer};
-use super::proc_stat::peak_resident_bytes;
 use super::reports::Reported;
 use super::{WorkerConfig, WorkerError};
 use crate::comm::Group;
-use crate::comm::tcp::TcpPort;
-use crate::error::{Kind, chain};
+use crate::error::Kind;
+use crate::membership::Blame;
 use crate::plan::{LoadPlan, PLAN_VERSION};
-use crate::rpc::{Clients, describe_status, kind_of, rank_figures, request, training_progress};
+use crate::rpc::{Clients, describe_status, kind_of, request};
 use crate::tasks::{Tasks, spawn_thread, survive_file_size_limit};
 use crate::train::Grant;
 use crate::types::{Attempt, Generation, Step};
@@ -32,6 +32,8 @@ const CAUSE_DEADLINE: Duration = Duration::from_secs(2);
 /// A rank that ends because of another one lets it end first: the launcher takes the first process that fails for the
 /// root cause.
 const CULPRIT_FIRST: Duration = Duration::from_millis(200);
+/// The word on a failure is not waited for longer than this: where it does not come through, the rank is lost anyway.
+const REPORT_DEADLINE: Duration = Duration::from_secs(3);
 /// Commands that wait for the data thread. There is one load and one save, and a save more each time that a coordinator is
 /// started again meanwhile.
 const COMMANDS: usize = 64;
@@ -42,26 +44,22 @@ const COMMANDS: usize = 64;
 /// [`WorkerError`], whose exit code the process ends with.
 pub async fn run(config: WorkerConfig) -> Result<Ended, WorkerError> {
     survive_file_size_limit().map_err(|source| WorkerError::System { what: "handling SIGXFSZ", source })?;
-    let data_ip = match config.data_ip {
-        Some(ip) => ip,
-        None => ip_towards(&config.coordinator)
-            .map_err(|source| WorkerError::System { what: "finding this host's address for the data plane", source })?,
-    };
-    let port = TcpPort::bind(data_ip)?;
-    let offer = Offer::look(&config)?;
     let mut tasks = Tasks::new();
-    let (mut session, mut snapshots) = Session::join(&config, port.address(), &offer).await?;
+    let leaving = Leaving::on_signals(&config, &mut tasks)?;
+    let offer = Offer::look(&config)?;
+    let Some((mut session, port, mut snapshots)) = Session::begin(config, &offer, &leaving).await? else {
+        return Ok(Ended::Preempted);
+    };
     let (commands, work) = mpsc::sync_channel(COMMANDS);
-    let (report, mut outcomes) = async_mpsc::channel(1);
-    let data = DataThread { port: Some(port), watched: session.watched.clone(), offer, held: None };
+    let (report, outcomes) = async_mpsc::channel(1);
+    let data = DataThread { port: Some(port), watched: session.watched.borrow().clone(), offer, held: None };
     spawn_thread("data", move || data.run(&work, &report))
         .map_err(|source| WorkerError::System { what: "starting the data thread", source })?;
     session.start_renewing(&mut tasks);
-    session.start_draining_on_sigterm(&mut tasks)?;
-    let result = session.follow(&mut snapshots, &commands, &mut outcomes).await;
-    session.watched.abort("the session ended");
+    let result = session.follow(&mut snapshots, &mut DataLine { commands, outcomes }).await;
+    session.watched.borrow().abort("the session ended");
     tasks.shut_down(Duration::from_millis(200)).await;
-    result.map(|()| if session.preempted.load(Ordering::Relaxed) { Ended::Preempted } else { Ended::Finished })
+    result
 }
 
 /// How a rank ended without failure.
@@ -69,172 +67,150 @@ pub async fn run(config: WorkerConfig) -> Result<Ended, WorkerError> {
 pub enum Ended {
     /// The job is done.
     Finished,
-    /// The job was asked to end by a signal, and ended in an orderly way.
+    /// The job, or this rank alone, was asked to end because a host is being taken away, and did so in an orderly way.
     Preempted,
+}
+
+/// The line to the data thread.
+pub(super) struct DataLine {
+    pub(super) commands: mpsc::SyncSender<Command>,
+    pub(super) outcomes: async_mpsc::Receiver<Outcome>,
 }
 
 pub(super) struct Session {
     pub(super) config: WorkerConfig,
     pub(super) clients: Clients,
-    join: v1::JoinRequest,
-    pub(super) member: tokio::sync::watch::Sender<String>,
-    watched: Watched,
-    renew_interval: Duration,
-    pub(super) stage: tokio::sync::watch::Sender<&'static str>,
+    pub(super) join: v1::JoinRequest,
+    pub(super) data_ip: IpAddr,
+    pub(super) offer: Offer,
+    pub(super) member: watch::Sender<String>,
+    /// Of the generation at hand.
+    pub(super) watched: watch::Sender<Watched>,
+    pub(super) renew_interval: Duration,
+    /// How long the job waits for a rank that was lost; zero when it does not.
+    pub(super) rejoin: Duration,
+    pub(super) stage: watch::Sender<&'static str>,
     pub(super) training: bool,
     saving: Option<(u64, u64)>,
     /// Models that were let go.
     unloaded: BTreeSet<String>,
+    /// 0 until one is formed.
     pub(super) generation: u64,
+    /// The newest request for a checkpoint that was seen in it.
+    pub(super) save_request: u64,
     /// To be said again to a coordinator that was restarted.
     pub(super) reported: Reported,
-    preempted: Arc<AtomicBool>,
+    pub(super) leaving: Leaving,
+    /// A renewal was refused because the member is none any more.
+    pub(super) fenced: Arc<Notify>,
+}
+
+/// What follows from something that happened.
+enum Turn {
+    GoOn,
+    Ended(Ended),
+    Failed(Failure),
+    /// The watch is broken.
+    Broken(String),
 }
 
 impl Session {
-    /// Connects, joins and opens the watch; the coordinator may still be starting, or start again.
-    async fn join(
-        config: &WorkerConfig,
-        data_address: SocketAddr,
-        offer: &Offer,
-    ) -> Result<(Self, Streaming<v1::WatchResponse>), WorkerError> {
-        let join = v1::JoinRequest {
-            request_id: format!("{}-{:x}", std::process::id(), crate::clock::unix_ns()),
-            rank: config.rank.0,
-            world_size: config.world.get(),
-            host: config.host.clone(),
-            process_id: std::process::id(),
-            data_address: data_address.to_string(),
-            protocol_version: PROTOCOL_VERSION,
-            device: offer.device_words(),
-            nccl_version: offer.nccl_version(),
-            nccl_unique_id: offer.nccl_unique_id(),
-        };
-        let start = crate::clock::now();
-        let (clients, member, snapshots) = loop {
-            match enter(config, &join).await {
-                Err(error) if error.is_transient() && start.elapsed() < config.coordinator_deadline => {
-                    tracing::debug!(error = chain(&error), "waiting for the coordinator");
-                    tokio::time::sleep(RETRY_DELAY).await;
-                }
-                entered => break entered?,
-            }
-        };
-        let session = Self {
-            config: config.clone(),
+    /// As it stands when the rank has joined and no generation is formed yet.
+    pub(super) fn new(config: WorkerConfig, offer: &Offer, leaving: &Leaving, entered: Entered) -> Self {
+        let Entered { clients, member, join, data_ip } = entered;
+        Self {
+            config,
             clients,
             renew_interval: member.renew_interval,
+            rejoin: member.rejoin,
             join,
-            member: tokio::sync::watch::Sender::new(member.id),
-            watched: Watched::default(),
-            stage: tokio::sync::watch::Sender::new("joining"),
+            data_ip,
+            offer: offer.clone(),
+            member: watch::Sender::new(member.id),
+            watched: watch::Sender::new(Watched::default()),
+            stage: watch::Sender::new("joining"),
             training: false,
             saving: None,
             unloaded: BTreeSet::new(),
             generation: 0,
+            save_request: 0,
             reported: Reported::default(),
-            preempted: Arc::default(),
-        };
-        Ok((session, snapshots))
-    }
-
-    /// Renews the lease for as long as the process lives, whatever the data thread is doing.
-    fn start_renewing(&self, tasks: &mut Tasks) {
-        let (mut clients, config, member) = (self.clients.clone(), self.config.clone(), self.member.subscribe());
-        let (watched, stage, interval) = (self.watched.clone(), self.stage.subscribe(), self.renew_interval);
-        tasks.spawn("renew", async move {
-            let mut ticks = tokio::time::interval(interval);
-            loop {
-                ticks.tick().await;
-                let progress = v1::Progress {
-                    stage: (*stage.borrow()).to_owned(),
-                    done_bytes: watched.done_bytes.load(Ordering::Relaxed),
-                    total_bytes: watched.total_bytes.load(Ordering::Relaxed),
-                    peak_resident_bytes: peak_resident_bytes(),
-                    figures: Some(rank_figures(&watched.figures.now(watched.control.tally()))),
-                    training: watched.control.progress().filter(|_| config.rank.0 == 0).as_ref().map(training_progress),
-                };
-                let member_id = member.borrow().clone();
-                let renew = v1::RenewRequest { member_id, progress: Some(progress) };
-                // A lost renewal is made good by the next one; a lost coordinator is noticed by the watch.
-                if let Ok(request) = request(&config.token, renew) {
-                    let _ = clients.worker.renew(request).await;
-                }
-            }
-        });
-    }
-
-    /// On SIGTERM asks the coordinator to end the job in an orderly way: save what is not saved, then finish. Every rank
-    /// may ask; the first one counts.
-    fn start_draining_on_sigterm(&self, tasks: &mut Tasks) -> Result<(), WorkerError> {
-        let mut terminate = signal(SignalKind::terminate())
-            .map_err(|source| WorkerError::System { what: "handling SIGTERM", source })?;
-        let (preempted, mut clients, config) = (self.preempted.clone(), self.clients.clone(), self.config.clone());
-        let member = self.member.subscribe();
-        tasks.spawn("drain", async move {
-            while terminate.recv().await.is_some() {
-                // A launcher that lost a rank sends this signal to the others too; then the session ends meanwhile.
-                tokio::time::sleep(CULPRIT_FIRST).await;
-                preempted.store(true, Ordering::Relaxed);
-                let member = member.borrow().clone();
-                if let Err(reason) = drain(&mut clients, &config, &member).await {
-                    tracing::warn!(reason, "the coordinator did not take the request to end");
-                }
-            }
-        });
-        Ok(())
+            leaving: leaving.clone(),
+            fenced: Arc::default(),
+        }
     }
 
     async fn follow(
         &mut self,
         snapshots: &mut Streaming<v1::WatchResponse>,
-        commands: &mpsc::SyncSender<Command>,
-        outcomes: &mut async_mpsc::Receiver<Outcome>,
-    ) -> Result<(), WorkerError> {
+        data: &mut DataLine,
+    ) -> Result<Ended, WorkerError> {
+        self.leaving.member_is(self.member.subscribe());
         loop {
-            // Cancel safe: a stream and a receiver lose nothing when the other branch wins.
-            tokio::select! {
+            let (fenced, left) = (self.fenced.clone(), self.leaving.clone());
+            // Cancel safe: a stream, a receiver and a notification lose nothing when another branch wins.
+            let turn = tokio::select! {
                 message = snapshots.message() => match message {
-                    Ok(Some(snapshot)) => match self.act(&snapshot, commands).await {
-                        // The next watch begins with the same snapshot.
-                        Err(error) if error.is_transient() => *snapshots = self.reconnect(&error.to_string()).await?,
-                        is_over => {
-                            if is_over? {
-                                return Ok(());
-                            }
-                        }
+                    Ok(Some(snapshot)) => self.act(&snapshot, &data.commands).await,
+                    Ok(None) => Ok(Turn::Broken("it ended the watch".to_owned())),
+                    Err(status) => match refused(&self.config, "watch")(status) {
+                        error @ WorkerError::Stale { .. } => Err(error),
+                        error => Ok(Turn::Broken(error.to_string())),
                     },
-                    ended => {
-                        let reason = match ended {
-                            Err(status) => describe_status(&status),
-                            _ => "it ended the watch".to_owned(),
-                        };
-                        *snapshots = self.reconnect(&reason).await?;
-                    }
                 },
-                outcome = outcomes.recv() => match outcome {
-                    Some(Outcome::Failed(failure)) => return Err(self.fail(failure, snapshots).await),
-                    Some(outcome) => match self.report(outcome).await {
-                        // A coordinator that is away is not the end: it is told again when it is back.
-                        Err(error) if error.is_transient() => *snapshots = self.reconnect(&error.to_string()).await?,
-                        reported => reported?,
-                    },
+                outcome = data.outcomes.recv() => match outcome {
+                    Some(Outcome::Failed(failure)) => Ok(Turn::Failed(failure)),
+                    // A coordinator that is away is not the end: it is told again when it is back.
+                    Some(outcome) => self.report(outcome).await.map(|()| Turn::GoOn),
                     None => {
                         let message = "the data thread ended by itself".to_owned();
-                        let exit_code = Kind::Internal.exit_code();
-                        return Err(self.fail(Failure { message, exit_code, blame: Blame::Own }, snapshots).await);
+                        Ok(Turn::Failed(Failure { message, exit_code: Kind::Internal.exit_code(), blame: Blame::Own }))
                     }
                 },
+                () = fenced.notified(), if self.rejoins() => {
+                    Err(WorkerError::Stale { rank: self.config.rank.0, message: "its lease has ended".to_owned() })
+                }
+                // With no generation there is nothing to be saved.
+                () = left.left(), if self.generation == 0 => Ok(Turn::Ended(Ended::Preempted)),
+            };
+            let turn = match turn {
+                Err(error) if error.is_transient() => Ok(Turn::Broken(error.to_string())),
+                turn => turn,
+            };
+            let lost = match turn {
+                Ok(Turn::GoOn) => continue,
+                Ok(Turn::Ended(ended)) => return Ok(ended),
+                Ok(Turn::Broken(reason)) => match self.reconnect(&reason).await {
+                    Ok(again) => {
+                        *snapshots = again;
+                        continue;
+                    }
+                    Err(error) => error,
+                },
+                Ok(Turn::Failed(failure)) => self.fail(failure, snapshots).await,
+                Err(error) => error,
+            };
+            match lost {
+                WorkerError::Stale { message, .. } if self.rejoins() => match self.regroup(&message, data).await? {
+                    Some(again) => *snapshots = again,
+                    None => return Ok(Ended::Preempted),
+                },
+                error => return Err(error),
             }
         }
     }
 
-    /// Does what a snapshot says, if it has not been done (`WK-1`). True when the job is finished.
+    /// Whether the job goes on when it has lost ranks, with those that join again.
+    pub(super) fn rejoins(&self) -> bool {
+        !self.rejoin.is_zero()
+    }
+
+    /// Does what a snapshot says, if it has not been done (`WK-1`).
     async fn act(
         &mut self,
         snapshot: &v1::WatchResponse,
         commands: &mpsc::SyncSender<Command>,
-    ) -> Result<bool, WorkerError> {
+    ) -> Result<Turn, WorkerError> {
         let generation = snapshot.header.as_ref().map_or(0, |header| header.generation);
         match snapshot.phase() {
             // The first job, or the next one of the queue.
@@ -278,11 +254,13 @@ impl Session {
                     directory: save.directory.clone(),
                     traceparent: snapshot.traceparent.clone(),
                 });
+                let control = self.watched.borrow().control.clone();
                 if snapshot.stop {
-                    self.watched.control.stop();
+                    control.stop();
                 }
-                self.watched.control.request_save(snapshot.save_request);
-                self.watched.control.saves(granted, snapshot.committed_step.map(Step));
+                self.save_request = self.save_request.max(snapshot.save_request);
+                control.request_save(snapshot.save_request);
+                control.saves(granted, snapshot.committed_step.map(Step));
                 if !self.training {
                     self.training = true;
                     let _ = self.stage.send("training");
@@ -291,7 +269,8 @@ impl Session {
             }
             v1::Phase::Finished => {
                 crate::faults::point("worker.finished");
-                return Ok(true);
+                let preempted = snapshot.preempted || self.leaving.is_asked();
+                return Ok(Turn::Ended(if preempted { Ended::Preempted } else { Ended::Finished }));
             }
             v1::Phase::Aborted => {
                 let culprit = snapshot.cause.as_ref().and_then(|cause| cause.rank);
@@ -302,15 +281,26 @@ impl Session {
             }
             _ => {}
         }
-        Ok(false)
+        Ok(Turn::GoOn)
     }
 
     /// Nothing was done in it yet.
     fn begin_generation(&mut self, generation: u64) {
         self.generation = generation;
         (self.training, self.saving, self.reported) = (false, None, Reported::default());
+        self.save_request = 0;
         self.unloaded.clear();
-        self.watched.control.reset();
+        self.watched.borrow().control.reset();
+    }
+
+    /// Back to where a rank is that has just joined.
+    pub(super) fn begin_anew(&mut self, clients: Clients, member: Joined) {
+        (self.generation, self.training, self.saving) = (0, false, None);
+        self.reported = Reported::default();
+        self.unloaded.clear();
+        (self.clients, self.renew_interval, self.rejoin) = (clients, member.renew_interval, member.rejoin);
+        let _ = self.stage.send("joining");
+        let _ = self.member.send(member.id);
     }
 
     /// Where this host has the job's checkpoints; none when the job has no place for them.
@@ -368,18 +358,19 @@ impl Session {
     }
 
     /// Reports a failure and waits for the coordinator's word on the cause: a rank that only lost its peer must not be
-    /// taken for the culprit.
+    /// taken for the culprit. Where ranks may come back, one that lost others joins again.
     async fn fail(&mut self, failure: Failure, snapshots: &mut Streaming<v1::WatchResponse>) -> WorkerError {
+        let rejoins = self.rejoins();
+        // NCCL does not say which rank has gone. That rank, its launcher or its lease will.
+        if failure.blame == Blame::Unknown
+            && !rejoins
+            && let Some(cause) = cause_from(snapshots).await
+        {
+            return cause;
+        }
         let lost_peer = match failure.blame {
-            Blame::Own => None,
             Blame::Peer(rank) => Some(rank),
-            Blame::Unknown => {
-                // NCCL does not say which rank has gone. That rank, its launcher or its lease will.
-                if let Some(cause) = cause_from(snapshots).await {
-                    return cause;
-                }
-                None
-            }
+            Blame::Own | Blame::Unknown => None,
         };
         let message = v1::ReportFailedRequest {
             request_id: format!("{}-{:x}", *self.member.borrow(), crate::clock::unix_ns()),
@@ -388,60 +379,19 @@ impl Session {
             message: failure.message.clone(),
             exit_code: u32::from(failure.exit_code),
             lost_peer: lost_peer.map(|rank| rank.0),
+            lost_contact: rejoins && failure.blame == Blame::Unknown,
         };
-        if let Ok(message) = request(&self.config.token, message) {
+        if let Ok(mut message) = request(&self.config.token, message) {
+            message.set_timeout(REPORT_DEADLINE);
             let _ = self.clients.worker.report_failed(message).await;
         }
-        let own = WorkerError::Failed { message: failure.message, exit_code: failure.exit_code };
-        match lost_peer {
-            None => own,
-            Some(_) => cause_from(snapshots).await.unwrap_or(own),
+        let own = WorkerError::Failed { message: failure.message.clone(), exit_code: failure.exit_code };
+        match failure.blame {
+            Blame::Own => own,
+            _ if rejoins => WorkerError::Stale { rank: self.config.rank.0, message: failure.message },
+            Blame::Unknown => own,
+            Blame::Peer(_) => cause_from(snapshots).await.unwrap_or(own),
         }
-    }
-
-    /// Opens the watch again after it broke, and says again what a restarted coordinator cannot know.
-    async fn reconnect(&mut self, reason: &str) -> Result<Streaming<v1::WatchResponse>, WorkerError> {
-        tracing::warn!(reason, "the watch on the coordinator broke");
-        let start = crate::clock::now();
-        let mut reason = reason.to_owned();
-        while start.elapsed() < self.config.coordinator_deadline {
-            tokio::time::sleep(RETRY_DELAY).await;
-            match self.rejoin().await {
-                Ok(snapshots) => {
-                    tracing::info!("the coordinator is back");
-                    return Ok(snapshots);
-                }
-                Err(error) if error.is_transient() => reason = chain(&error),
-                Err(error) => return Err(error),
-            }
-        }
-        let seconds = start.elapsed().as_secs();
-        Err(WorkerError::CoordinatorLost { address: self.config.coordinator.clone(), seconds, reason })
-    }
-
-    async fn rejoin(&mut self) -> Result<Streaming<v1::WatchResponse>, WorkerError> {
-        self.clients = Clients::connect(&self.config.coordinator, self.config.tls.as_ref()).await?;
-        let member = self.member.borrow().clone();
-        let snapshots = match open_watch(&mut self.clients, &self.config, &member).await {
-            // Before its generation was formed, a rank is known to nobody but the coordinator that has gone.
-            Err(status) if kind_of(&status) == Kind::Fenced && self.generation == 0 => {
-                let (member, snapshots) = join_and_watch(&mut self.clients, &self.config, &self.join).await?;
-                let _ = self.member.send(member.id);
-                snapshots
-            }
-            answer => answer.map_err(refused(&self.config, "watch"))?,
-        };
-        match self.report_again().await {
-            // Of a job that is over: its ranks are told of the next one.
-            Err(WorkerError::Refused { kind: Kind::Fenced, .. }) => {}
-            told => told?,
-        }
-        if self.preempted.load(Ordering::Relaxed) {
-            // The signal came once; whether the last coordinator heard of it is not known.
-            let member = self.member.borrow().clone();
-            let _ = drain(&mut self.clients, &self.config, &member).await;
-        }
-        Ok(snapshots)
     }
 }
 

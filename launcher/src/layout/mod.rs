@@ -21,6 +21,8 @@ const ENDPOINT_PORT: u16 = 29_400;
 /// The port of the rendezvous when it is derived from rank 0's address: not torchrun's `MASTER_PORT` (29500), and not that
 /// of a coordinator on the same host (29400, 29401).
 const DERIVED_PORT: u16 = 29_402;
+/// Where a scheduler lets jobs share hosts, theirs follow it: as many ports, up to torchrun's `MASTER_PORT`.
+const DERIVED_PORTS: u32 = 98;
 /// No launcher starts more ranks.
 const RANKS_LIMIT: u32 = 4096;
 
@@ -61,6 +63,19 @@ pub struct Layout {
     pub source: String,
 }
 
+/// The place of a process that a scheduler started as one rank, without a launcher.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct ScheduledRank {
+    /// Its rank in the job.
+    pub rank: u32,
+    /// Ranks of the job.
+    pub world_size: u32,
+    /// Its index on its host.
+    pub local_rank: u32,
+    /// Ranks of its host.
+    pub local_world_size: u32,
+}
+
 /// A host and a port.
 #[derive(Clone, Debug, PartialEq, Eq, Serialize)]
 pub struct Endpoint {
@@ -78,6 +93,18 @@ impl std::fmt::Display for Endpoint {
             write!(f, "{}:{}", self.host, self.port)
         }
     }
+}
+
+/// The place that the scheduler gave to this process as one rank (`srun weightcast worker`); nothing where there is no scheduler,
+/// or one that does not say how many it has started.
+///
+/// # Errors
+/// [`LaunchError::BadValue`] for a variable of the scheduler that does not parse.
+pub fn scheduled_rank(environment: &Environment) -> Result<Option<ScheduledRank>, LaunchError> {
+    let Some(placement) = scheduler::find(environment)? else { return Ok(None) };
+    let (rank, task) = (placement.node_rank, placement.task);
+    let (local_rank, local_world_size) = task.map_or((0, 1), |task| (task.local_rank, task.local_world_size));
+    Ok(placement.nnodes.map(|world_size| ScheduledRank { rank, world_size, local_rank, local_world_size }))
 }
 
 /// Decides the layout.
@@ -130,10 +157,15 @@ pub fn resolve(args: &LaunchArgs, environment: &Environment) -> Result<Layout, L
     };
     let endpoint = match setting("--rdzv-endpoint", &args.rdzv_endpoint).filter(|_| nnodes > 1) {
         Some(setting) => Some(setting.parse("HOST[:PORT]", endpoint_of)?),
-        None => master_addr.clone().filter(|_| nnodes > 1).map(|host| Endpoint { host, port: DERIVED_PORT }),
+        None if args.has_coordinator && node_rank.is_some() => None,
+        None => {
+            let sharer = placement.as_ref().map_or(0, |place| place.sharer);
+            let port = DERIVED_PORT + u16::try_from(sharer % DERIVED_PORTS).unwrap_or(0);
+            master_addr.clone().filter(|_| nnodes > 1).map(|host| Endpoint { host, port })
+        }
     };
     let source = words(standalone, given_nodes.is_some(), args, placement.as_ref());
-    if nnodes > 1 && endpoint.is_none() {
+    if nnodes > 1 && endpoint.is_none() && !(args.has_coordinator && node_rank.is_some()) {
         return Err(LaunchError::Unknown {
             source_words: source,
             missing: "the address where the nodes meet",

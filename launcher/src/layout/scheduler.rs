@@ -20,6 +20,8 @@ pub(crate) struct Placement {
     pub(crate) node_rank: u32,
     /// Where rank 0 runs.
     pub(crate) master_addr: Option<String>,
+    /// What tells this job from others that may run on rank 0's host at the same time, where hosts are shared.
+    pub(crate) sharer: u32,
     /// The scheduler's id of the job.
     pub(crate) run_id: Option<String>,
     /// Present when the scheduler starts one launcher per rank.
@@ -57,7 +59,15 @@ fn jobset(environment: &Environment) -> Result<Option<Placement>, LaunchError> {
     let stem = environment.hostname.split('.').next().and_then(|host| host.strip_suffix(&format!("-{node_rank}")));
     let master_addr = stem.zip(subdomain).map(|(stem, subdomain)| format!("{stem}-0.{subdomain}"));
     let run_id = environment.get("JOBSET_NAME").map(str::to_owned);
-    Ok(Some(Placement { source: "JOB_COMPLETION_INDEX", nnodes: None, node_rank, master_addr, run_id, task: None }))
+    Ok(Some(Placement {
+        source: "JOB_COMPLETION_INDEX",
+        nnodes: None,
+        node_rank,
+        master_addr,
+        sharer: 0,
+        run_id,
+        task: None,
+    }))
 }
 
 fn leader_worker_set(environment: &Environment) -> Result<Option<Placement>, LaunchError> {
@@ -66,7 +76,7 @@ fn leader_worker_set(environment: &Environment) -> Result<Option<Placement>, Lau
     let nnodes = Some(required(environment, "LWS_GROUP_SIZE")?);
     let run_id = leader.split('.').next().map(str::to_owned);
     let master_addr = Some(leader.to_owned());
-    Ok(Some(Placement { source: "LWS_LEADER_ADDRESS", nnodes, node_rank, master_addr, run_id, task: None }))
+    Ok(Some(Placement { source: "LWS_LEADER_ADDRESS", nnodes, node_rank, master_addr, sharer: 0, run_id, task: None }))
 }
 
 /// A step that `srun` started. In a batch script outside of `srun` there is no step, and the script's launcher is alone.
@@ -86,16 +96,20 @@ fn slurm(environment: &Environment) -> Result<Option<Placement>, LaunchError> {
     let nodes = nodes.unwrap_or_else(|| u32::try_from(hosts.len()).unwrap_or(u32::MAX));
     let tasks = either("SLURM_STEP_NUM_TASKS", "SLURM_NTASKS")?.unwrap_or(nodes);
     let (master_addr, run_id) = (hosts.first().cloned(), environment.get("SLURM_JOB_ID").map(str::to_owned));
+    // Jobs and steps that follow each other have numbers that do.
+    let of = |name| Ok(number(environment, name)?.unwrap_or(0));
+    let sharer = of("SLURM_JOB_ID")?.wrapping_add(of("SLURM_STEP_ID")?);
     if tasks <= nodes {
         let node_rank = required(environment, "SLURM_NODEID")?;
-        return Ok(Some(Placement { source: SOURCE, nnodes: Some(nodes), node_rank, master_addr, run_id, task: None }));
+        let nnodes = Some(nodes);
+        return Ok(Some(Placement { source: SOURCE, nnodes, node_rank, master_addr, sharer, run_id, task: None }));
     }
     let (node_rank, local_rank) = (required(environment, "SLURM_PROCID")?, required(environment, "SLURM_LOCALID")?);
     let node = usize::try_from(required(environment, "SLURM_NODEID")?).unwrap_or(usize::MAX);
     let per_node = environment.get("SLURM_STEP_TASKS_PER_NODE").or_else(|| environment.get("SLURM_TASKS_PER_NODE"));
     let local_world_size = per_node.and_then(|text| tasks_of_node(text, node)).unwrap_or_else(|| tasks.div_ceil(nodes));
     let task = Some(Task { local_rank, local_world_size });
-    Ok(Some(Placement { source: SOURCE, nnodes: Some(tasks), node_rank, master_addr, run_id, task }))
+    Ok(Some(Placement { source: SOURCE, nnodes: Some(tasks), node_rank, master_addr, sharer, run_id, task }))
 }
 
 /// Slurm's `4(x2),3`: two nodes of four tasks, one of three.
@@ -123,7 +137,7 @@ fn open_mpi(environment: &Environment) -> Result<Option<Placement>, LaunchError>
     let run_id = environment.get("PMIX_NAMESPACE").map(str::to_owned);
     let task = Some(Task { local_rank, local_world_size });
     let master_addr = (local_world_size == size).then(|| "127.0.0.1".to_owned());
-    Ok(Some(Placement { source: SOURCE, nnodes: Some(size), node_rank, master_addr, run_id, task }))
+    Ok(Some(Placement { source: SOURCE, nnodes: Some(size), node_rank, master_addr, sharer: 0, run_id, task }))
 }
 
 /// MPICH's Hydra and other users of PMI.
@@ -135,7 +149,7 @@ fn pmi(environment: &Environment) -> Result<Option<Placement>, LaunchError> {
     let local_world_size = number(environment, "MPI_LOCALNRANKS")?.unwrap_or(size);
     let master_addr = (local_world_size == size).then(|| "127.0.0.1".to_owned());
     let task = Some(Task { local_rank, local_world_size });
-    Ok(Some(Placement { source: SOURCE, nnodes: Some(size), node_rank, master_addr, run_id: None, task }))
+    Ok(Some(Placement { source: SOURCE, nnodes: Some(size), node_rank, master_addr, sharer: 0, run_id: None, task }))
 }
 
 fn number(environment: &Environment, name: &str) -> Result<Option<u32>, LaunchError> {

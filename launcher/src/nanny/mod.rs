@@ -92,11 +92,11 @@ impl Nanny {
             Ok(child) => {
                 let pid = i32::try_from(child.id()).unwrap_or(0);
                 self.rank = Pid::from_raw(pid);
-                self.tell(&Notice::Started { pid, at_ns: clock::wall_ns() });
+                self.tell(&Notice::Started { pid, at: clock::now() });
             }
             Err(error) => {
                 let end = End::NotStarted { errno: error.raw_os_error(), message: error.to_string() };
-                self.tell(&Notice::Ended { end, at_ns: clock::wall_ns() });
+                self.tell(&Notice::Ended { end, at: clock::now() });
                 return Ok(());
             }
         }
@@ -125,7 +125,7 @@ impl Nanny {
                 Ok(Some((pid, status))) if Some(pid) == self.rank => {
                     self.rank = None;
                     self.is_killing = true;
-                    self.tell(&Notice::Ended { end: end_of(status), at_ns: clock::wall_ns() });
+                    self.tell(&Notice::Ended { end: end_of(status), at: clock::now() });
                 }
                 Ok(Some(_)) | Err(rustix::io::Errno::INTR) => {}
                 Ok(None) => return Left::Something,

@@ -5,6 +5,7 @@
 
 use serde::{Deserialize, Serialize};
 
+use crate::clock::Now;
 use crate::end::End;
 
 /// The longest line that the launcher accepts from a nanny, in bytes.
@@ -18,14 +19,14 @@ pub(crate) enum Notice {
     Started {
         /// Its process id.
         pid: i32,
-        /// When, in nanoseconds since 1970.
-        at_ns: u64,
+        /// When.
+        at: Now,
     },
     /// The rank's program ended, or could not be started.
     Ended {
         /// How.
         end: End,
-        /// When, in nanoseconds since 1970.
-        at_ns: u64,
+        /// When.
+        at: Now,
     },
 }

@@ -4,7 +4,7 @@
 //! clock. Refuses to know: sockets (see `server`).
 //!
 //! - MT-1: within an attempt the places do not change; the loss of a node ends the attempt on all others.
-//! - MT-2: the root cause is the one with the smallest time stamp, as on one node.
+//! - MT-2: the root cause is what happened first: when it was told, less its age. No two nodes' clocks are compared.
 //! - MT-3: a node is silent when nothing was heard of it for `silence` *while this machine listened*: a pause of our own
 //!   (a stopped or starved process) is added to everybody's time.
 //! - MT-4: a job is over once, and stays over: whoever comes later hears the same.
@@ -83,7 +83,8 @@ pub(crate) struct Meeting {
     phase: Phase,
     members: BTreeMap<ConnectionId, Member>,
     attempt: u32,
-    cause: Option<Cause>,
+    /// The cause, and when it happened by the clock of this machine.
+    cause: Option<(Duration, Cause)>,
     last_tick: Duration,
 }
 
@@ -107,11 +108,11 @@ impl Meeting {
                 let Some(member) = self.members.get_mut(&from) else { return vec![Effect::Close { to: from }] };
                 member.heard = now.monotonic;
                 match message {
-                    ToMeeting::Ending { attempt: of, cause } if of == attempt => self.end_all(cause, Some(from)),
+                    ToMeeting::Ending { attempt: of, cause } if of == attempt => self.end_all(now, cause, Some(from)),
                     ToMeeting::Finished { attempt: of, exit_code, cause, is_stopped, port } if of == attempt => {
                         member.finished = Some((exit_code, is_stopped));
                         member.join.port = port;
-                        let mut effects = cause.map_or_else(Vec::new, |cause| self.end_all(cause, Some(from)));
+                        let mut effects = cause.map_or_else(Vec::new, |cause| self.end_all(now, cause, Some(from)));
                         effects.extend(self.conclude(now));
                         effects
                     }
@@ -203,14 +204,16 @@ impl Meeting {
     }
 
     /// Ends the attempt on all nodes but one, and keeps the earliest cause.
-    fn end_all(&mut self, cause: Cause, except: Option<ConnectionId>) -> Vec<Effect> {
+    fn end_all(&mut self, now: Now, cause: Cause, except: Option<ConnectionId>) -> Vec<Effect> {
         let Phase::Running { is_ending } = &mut self.phase else { return Vec::new() };
         let was_ending = std::mem::replace(is_ending, true);
-        let is_earlier = self.cause.as_ref().is_none_or(|known| cause.at_ns < known.at_ns);
-        // The same failure is told twice, the second time with the last lines of its output.
-        let is_same = self.cause.as_ref().is_some_and(|known| cause.at_ns == known.at_ns);
-        if is_earlier || is_same {
-            self.cause = Some(cause.clone());
+        let happened = now.monotonic.saturating_sub(cause.age);
+        let place = |cause: &Cause| cause.rank.as_ref().map(|rank| rank.rank);
+        match &mut self.cause {
+            // The same failure is told twice, the second time with the last lines of its output.
+            Some((_, known)) if (known.at_ns, place(known)) == (cause.at_ns, place(&cause)) => *known = cause.clone(),
+            Some((first, _)) if *first <= happened => {}
+            other => *other = Some((happened, cause.clone())),
         }
         if was_ending {
             return Vec::new();
@@ -225,8 +228,7 @@ impl Meeting {
         let mut effects = vec![Effect::Cut { to: id }];
         if let (Some(seat), None) = (&member.seat, member.finished) {
             let words = format!("node {} ({}) {how}", seat.node_rank, member.join.host);
-            let cause = Cause { at_ns: now.wall_ns, code: EXIT_UNREACHABLE, words, is_request: false, rank: None };
-            effects.extend(self.end_all(cause, None));
+            effects.extend(self.end_all(now, Cause::new(EXIT_UNREACHABLE, words, now), None));
         }
         effects.extend(self.conclude(now));
         effects
@@ -245,7 +247,7 @@ impl Meeting {
         if let Phase::Gathering { since, .. } = self.phase {
             if now.monotonic.saturating_sub(since) > self.rules.join_timeout {
                 let words = format!("only {} of {} nodes came in time", self.count(), self.rules.nnodes);
-                let cause = Cause { at_ns: now.wall_ns, code: EXIT_UNREACHABLE, words, is_request: false, rank: None };
+                let cause = Cause::new(EXIT_UNREACHABLE, words, now);
                 effects.extend(self.close_job(Over { exit_code: EXIT_UNREACHABLE, cause: Some(cause) }));
             } else if self.count() >= self.rules.nnodes_min && self.count() > 0 {
                 effects.extend(self.start_if_complete(now));
@@ -264,14 +266,14 @@ impl Meeting {
         let is_stopped = finished().any(|(_, is_stopped)| is_stopped);
         // When the ranks were asked to end, 75 (preempted) holds only if all of them saved their work.
         let worst = finished().map(|(code, _)| code).max_by_key(|code| (!matches!(*code, 0 | EXIT_PREEMPTED), *code));
-        let failure = self.cause.as_ref().filter(|cause| !cause.is_request);
+        let failure = self.cause.as_ref().map(|(_, cause)| cause).filter(|cause| !cause.is_request);
         let exit_code = failure.map_or_else(|| worst.unwrap_or(0), |cause| cause.code);
         if is_stopped
             || !is_restartable(exit_code)
             || self.attempt >= self.rules.max_restarts
             || self.members.is_empty()
         {
-            let over = Over { exit_code, cause: self.cause.take() };
+            let over = Over { exit_code, cause: self.cause.take().map(|(_, cause)| cause) };
             return self.close_job(over);
         }
         (self.attempt, self.cause) = (self.attempt + 1, None);

@@ -2,12 +2,15 @@
 //!
 //! Owns: the messages (JSON) and [`PROTOCOL`]. Refuses to know: how they travel (`wire`) and what follows (`meeting`).
 
+use std::time::Duration;
+
 use serde::{Deserialize, Serialize};
 
+use crate::clock::Now;
 use crate::report::RankReport;
 
 /// The name and the version of the protocol; part of the key, so that another version is refused like a wrong token.
-pub(crate) const PROTOCOL: &str = "weightcast-rendezvous-1";
+pub(crate) const PROTOCOL: &str = "weightcast-rendezvous-2";
 
 /// Bytes of a line of a rank's output that travel.
 const LINE_BYTES: usize = 1024;
@@ -17,8 +20,10 @@ const ERROR_BYTES: usize = 8 * 1024;
 /// Why ranks are to end.
 #[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
 pub(crate) struct Cause {
-    /// When, in nanoseconds since 1970, by the clock of the node where it happened.
+    /// When, in nanoseconds since 1970, by the clock of the node where it happened: for people, and to know it again.
     pub(crate) at_ns: u64,
+    /// How long it was past when it was told. Clocks of nodes need not agree, but they all run equally fast.
+    pub(crate) age: Duration,
     /// The exit code that follows from it.
     pub(crate) code: u8,
     /// In words, for a reader who knows nothing else.
@@ -30,13 +35,19 @@ pub(crate) struct Cause {
 }
 
 impl Cause {
+    /// What happens now.
+    pub(crate) fn new(code: u8, words: String, now: Now) -> Self {
+        Self { at_ns: now.wall_ns, age: Duration::ZERO, code, words, is_request: false, rank: None }
+    }
+
     /// The failure of a rank, short enough to travel.
-    pub(crate) fn of_rank(mut rank: RankReport) -> Self {
+    pub(crate) fn of_rank(mut rank: RankReport, now: Now) -> Self {
         let cut = |text: &mut String, limit: usize| text.truncate(text.floor_char_boundary(limit));
         rank.stderr_tail.iter_mut().for_each(|line| cut(line, LINE_BYTES));
         rank.error_file.iter_mut().for_each(|text| cut(text, ERROR_BYTES));
         let (at_ns, code, words) = (rank.ended_ns, rank.end.exit_code(), rank.words.clone());
-        Self { at_ns, code, words, is_request: false, rank: Some(Box::new(rank)) }
+        let age = now.monotonic.saturating_sub(rank.ended);
+        Self { at_ns, age, code, words, is_request: false, rank: Some(Box::new(rank)) }
     }
 }
 

@@ -225,6 +225,9 @@ pub struct JoinRequest {
     /// The unique id that rank 0 made for its group; empty for other ranks. Who has it can join the group.
     #[prost(bytes = "vec", tag = "10")]
     pub nccl_unique_id: ::prost::alloc::vec::Vec<u8>,
+    /// The generation whose load this process still has in memory, whole; 0 when it has none.
+    #[prost(uint64, tag = "11")]
+    pub holds_generation: u64,
 }
 #[derive(Clone, PartialEq, Eq, Hash, ::prost::Message)]
 pub struct JoinResponse {
@@ -239,11 +242,18 @@ pub struct JoinResponse {
     /// How often to renew.
     #[prost(uint32, tag = "4")]
     pub renew_interval_ms: u32,
+    /// How long the job waits for a rank that was lost, which is how long a rank looks for the coordinator; 0 when the job ends with
+    /// the first rank that is lost.
+    #[prost(uint32, tag = "5")]
+    pub rejoin_ms: u32,
 }
 #[derive(Clone, PartialEq, Eq, Hash, ::prost::Message)]
 pub struct WatchRequest {
     #[prost(string, tag = "1")]
     pub member_id: ::prost::alloc::string::String,
+    /// The newest save_request that the rank has seen in this generation, for a coordinator that was started again.
+    #[prost(uint64, tag = "2")]
+    pub save_request: u64,
 }
 #[derive(Clone, PartialEq, Eq, Hash, ::prost::Message)]
 pub struct WatchResponse {
@@ -291,6 +301,9 @@ pub struct WatchResponse {
     /// when they cannot be told apart.
     #[prost(string, tag = "15")]
     pub base_id: ::prost::alloc::string::String,
+    /// The job ends because its hosts are being taken away: ranks end with 75.
+    #[prost(bool, tag = "16")]
+    pub preempted: bool,
 }
 /// One try at writing a checkpoint.
 #[derive(Clone, PartialEq, Eq, Hash, ::prost::Message)]
@@ -436,6 +449,9 @@ pub struct ReportFailedRequest {
     /// The peer that this rank lost, when that is why: then the peer is the cause and this rank a witness.
     #[prost(uint32, optional, tag = "6")]
     pub lost_peer: ::core::option::Option<u32>,
+    /// The rank lost the others and does not know which one is at fault.
+    #[prost(bool, tag = "7")]
+    pub lost_contact: bool,
 }
 #[derive(Clone, PartialEq, Eq, Hash, ::prost::Message)]
 pub struct ReportFailedResponse {
@@ -560,7 +576,8 @@ pub mod worker_service_client {
                 .insert(GrpcMethod::new("weightcast.v1.WorkerService", "Join"));
             self.inner.unary(req, path, codec).await
         }
-        /// What this rank should be doing. Every message is a full snapshot: the rank compares it with what it has done.
+        /// What this rank should be doing. Every message is a full snapshot: the rank compares it with what it has done. Ends with ABORTED
+        /// when the job has lost ranks and the member is to join again.
         pub async fn watch(
             &mut self,
             request: impl tonic::IntoRequest<super::WatchRequest>,
@@ -813,7 +830,8 @@ pub mod worker_service_server {
             >
             + std::marker::Send
             + 'static;
-        /// What this rank should be doing. Every message is a full snapshot: the rank compares it with what it has done.
+        /// What this rank should be doing. Every message is a full snapshot: the rank compares it with what it has done. Ends with ABORTED
+        /// when the job has lost ranks and the member is to join again.
         async fn watch(
             &self,
             request: tonic::Request<super::WatchRequest>,
@@ -1581,6 +1599,12 @@ pub struct ReportProcessEndedRequest {
     /// Its exit code, 128 + n for a signal.
     #[prost(uint32, tag = "4")]
     pub exit_code: u32,
+    /// The process that ended; 0 when it is not known.
+    #[prost(uint32, tag = "5")]
+    pub process_id: u32,
+    /// Whether the launcher starts the rank again.
+    #[prost(bool, tag = "6")]
+    pub will_restart: bool,
 }
 #[derive(Clone, PartialEq, Eq, Hash, ::prost::Message)]
 pub struct ReportProcessEndedResponse {

@@ -158,6 +158,11 @@ impl Dial {
         Ok(Self { to, hello, stage: DialStage::Connecting })
     }
 
+    /// Whether there is no connection yet.
+    pub(super) const fn is_connecting(&self) -> bool {
+        matches!(self.stage, DialStage::Connecting)
+    }
+
     /// Goes as far as the socket allows.
     pub(super) fn advance(&mut self, stream: &Pipe, identity: &Identity) -> Result<Step<()>, HandshakeError> {
         loop {

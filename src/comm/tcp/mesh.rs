@@ -31,6 +31,9 @@ use crate::types::Rank;
 
 /// How long a connection may take to say who it is. It says so without waiting for anybody, so this is round trips only.
 const HANDSHAKE_DEADLINE: Duration = Duration::from_secs(10);
+/// How long a connection may take to be made before another one is tried: where packets were lost that comes through sooner than the
+/// kernel's next attempt, which it makes after 1, 2, 4, 8 s and so on.
+const DIAL_AGAIN: Duration = Duration::from_secs(2);
 /// Handshakes in progress besides one for every rank: room for strangers, such as port scanners. When there is none left
 /// the oldest one goes, so that a peer, which speaks at once, comes through whatever others do.
 const MAX_STRANGERS: usize = 64;
@@ -70,6 +73,7 @@ enum Outgoing {
         dial: Dial,
         stream: Arc<Pipe>,
         wants: Wants,
+        patience: Patience,
     },
     Ready(OutLink),
     /// The peer has said that it has made all its calls.
@@ -282,16 +286,21 @@ impl Mesh {
         let stream = Arc::new(stream);
         self.shared.add_outgoing(&stream);
         let dial = Dial::new(&self.identity, to).map_err(error)?;
-        self.outgoing[to.index()] = Outgoing::Dialing { dial, stream, wants: Wants::Write };
+        let patience = Patience::new(DIAL_AGAIN);
+        self.outgoing[to.index()] = Outgoing::Dialing { dial, stream, wants: Wants::Write, patience };
         Ok(())
     }
 
     /// Whether the connection is ready.
     fn continue_dial(&mut self, to: Rank) -> Result<bool, CommError> {
-        let Some(Outgoing::Dialing { dial, stream, wants }) = self.outgoing.get_mut(to.index()) else {
+        let Some(Outgoing::Dialing { dial, stream, wants, patience }) = self.outgoing.get_mut(to.index()) else {
             return Ok(true);
         };
         match dial.advance(stream, &self.identity) {
+            Ok(Step::Blocked(_)) if dial.is_connecting() && patience.left().is_none() => {
+                self.start_dial(to)?;
+                Ok(false)
+            }
             Ok(Step::Blocked(now_wants)) => {
                 *wants = now_wants;
                 Ok(false)
@@ -369,6 +378,8 @@ impl Mesh {
         }
         // While handshakes are pending, their deadlines are looked at, too.
         let left = if self.arrivals.is_empty() { left } else { left.min(HANDSHAKE_DEADLINE) };
+        let dials = self.outgoing.iter().any(|outgoing| matches!(outgoing, Outgoing::Dialing { .. }));
+        let left = if dials { left.min(DIAL_AGAIN) } else { left };
         let timeout = Timespec::try_from(left).unwrap_or(Timespec { tv_sec: i64::MAX, tv_nsec: 0 });
         match rustix::event::poll(&mut polls.descriptors, Some(&timeout)) {
             Ok(_) | Err(rustix::io::Errno::INTR) => {}

@@ -18,8 +18,10 @@ fn join(from: ConnectionId, node_rank: Option<u32>, nproc: u32) -> Event {
     Event::Message { from, message: ToMeeting::Join(join) }
 }
 
-fn cause(at_ns: u64, code: u8) -> Cause {
-    Cause { at_ns, code, words: format!("code {code}"), is_request: false, rank: None }
+/// Something that happened `age_ms` before it is told, on a node whose clock is as many hours ahead as its code says.
+fn cause(age_ms: u64, code: u8) -> Cause {
+    let (at_ns, age) = (u64::from(code) * 3_600_000_000_000, Duration::from_millis(age_ms));
+    Cause { at_ns, age, code, words: format!("code {code}"), is_request: false, rank: None }
 }
 
 fn ending(from: ConnectionId, attempt: u32, cause: Cause) -> Event {
@@ -96,9 +98,9 @@ fn a_wrong_job_is_refused_and_a_taken_place_may_be_asked_for_again() {
 #[test]
 fn a_failure_ends_the_other_nodes_at_once_and_the_earliest_is_the_cause() {
     let mut meeting = started(3, 0);
-    assert_eq!(ended(&meeting.apply(at(10), ending(2, 0, cause(900, 1)))), [1, 3]);
-    // Node 3 failed earlier, by its time stamp, and was heard of later.
-    assert!(ended(&meeting.apply(at(11), ending(3, 0, cause(800, 137)))).is_empty());
+    assert_eq!(ended(&meeting.apply(at(10), ending(2, 0, cause(1, 1)))), [1, 3]);
+    // Node 3 failed a millisecond earlier and was heard of later. Its clock is days ahead.
+    assert!(ended(&meeting.apply(at(11), ending(3, 0, cause(3, 137)))).is_empty());
     assert_eq!(over(&meeting.apply(at(12), finished(1, 0, 143))), []);
     assert_eq!(over(&meeting.apply(at(13), finished(2, 0, 1))), []);
     assert_eq!(over(&meeting.apply(at(14), finished(3, 0, 137))), [(1, 137), (2, 137), (3, 137)]);
