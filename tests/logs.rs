@@ -133,13 +133,17 @@ struct Apart {
     nodes: [Job; 2],
 }
 
-fn apart(place: &Place) -> Apart {
-    std::fs::write(place.path("workers-token"), "a-token-of-ranks").expect("a file");
-    std::fs::write(place.path("control-token"), "a-token-of-people").expect("a file");
+fn coordinator(place: &Place) -> Job {
     let (state, token, control) = (place.path("state"), place.path("workers-token"), place.path("control-token"));
     let tokens = ["--token-file", &token, "--control-token-file", &control];
     let job = ["coordinator", "--ranks", "4", "--state-dir", &state, "--model", MODEL, "--hold"];
-    let mut coordinator = place.start(&[&job[..], &tokens].concat());
+    place.start(&[&job[..], &tokens].concat())
+}
+
+fn apart(place: &Place) -> Apart {
+    std::fs::write(place.path("workers-token"), "a-token-of-ranks").expect("a file");
+    std::fs::write(place.path("control-token"), "a-token-of-people").expect("a file");
+    let mut coordinator = coordinator(place);
     let mut found = None;
     until("the coordinator listens", PATIENCE, || {
         assert!(!coordinator.is_over(), "{}", coordinator.said());
@@ -149,7 +153,7 @@ fn apart(place: &Place) -> Apart {
     });
     let address = found.expect("just found");
     let port = std::net::TcpListener::bind("127.0.0.1:0").and_then(|free| free.local_addr()).expect("a port").port();
-    let endpoint = format!("127.0.0.1:{port}");
+    let (endpoint, token) = (format!("127.0.0.1:{port}"), place.path("workers-token"));
     let nodes = ["0", "1"].map(|node| {
         let layout = ["launch", "--nnodes", "2", "--node-rank", node, "--nproc-per-node", "2"];
         let meeting = ["--rdzv-endpoint", &endpoint, "--coordinator", &address, "--token-file", &token];
@@ -276,5 +280,31 @@ fn a_follower_ends_with_a_job_whose_launcher_was_killed() {
     coordinator.wait();
     here.wait();
     assert!(start.elapsed() < Duration::from_secs(10), "{:?}", start.elapsed());
+    place.expect_no_process();
+}
+
+/// A coordinator that is started again has lost what came before and says so; what follows is there.
+#[test]
+fn lines_go_on_over_a_restart_of_the_coordinator() {
+    let place = Place::new();
+    let Apart { coordinator: mut first, nodes, .. } = apart(&place);
+    wait_until_holding(&place, &mut first);
+    until("lines of all ranks are there", PATIENCE, || ranks(&objects(&place.run(&["logs", "--json"]))).len() == 4);
+    assert!(signal(first.process(), Signal::KILL));
+    assert_eq!(first.wait().code, None);
+    let second = coordinator(&place);
+    until("lines of all ranks are there again, after those that are lost", PATIENCE, || {
+        let read = place.run(&["logs", "--json"]);
+        read.code == Some(0) && {
+            let objects = objects(&read);
+            let lost = objects.iter().filter(|line| line["missing_lines"].as_u64().is_some_and(|lost| lost > 0));
+            lost.count() == 4 && texts(&objects).len() == 4
+        }
+    });
+    assert_eq!(place.run(&["drain"]).code, Some(0));
+    for node in nodes {
+        assert_eq!(node.wait().code, Some(0));
+    }
+    assert_eq!(second.wait().code, Some(0));
     place.expect_no_process();
 }

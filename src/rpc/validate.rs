@@ -184,6 +184,30 @@ mod tests {
     }
 
     #[test]
+    fn what_is_wrong_with_lines_is_said() {
+        let good = v1::LogLine {
+            rank: 1,
+            number: 1,
+            stream: v1::LogStream::Stderr.into(),
+            unix_ns: 0,
+            text: "\u{1b}[31mred\u{1b}[m".to_owned(),
+        };
+        let check = |launcher: &str, line: v1::LogLine, count: usize| {
+            let request = v1::ReportLinesRequest { launcher_id: launcher.to_owned(), lines: vec![line; count] };
+            lines(&request, 2).map_err(|status| status.message().to_owned()).err().unwrap_or_default()
+        };
+        assert_eq!(check("a", good.clone(), 1024), "");
+        assert!(check("", good.clone(), 1).contains("launcher_id"));
+        assert!(check("a\n", good.clone(), 1).contains("launcher_id: expected no control characters"));
+        assert!(check("a", good.clone(), 1025).contains("at most 1024, found 1025"));
+        assert!(check("a", v1::LogLine { rank: 2, ..good.clone() }, 1).contains("rank 2"));
+        assert!(check("a", v1::LogLine { number: 0, ..good.clone() }, 1).contains("lines.number"));
+        assert!(check("a", v1::LogLine { stream: 7, ..good.clone() }, 1).contains("lines.stream"));
+        let text = "x".repeat(8193);
+        assert!(check("a", v1::LogLine { text, ..good }, 1).contains("at most 8192 bytes, found 8193"));
+    }
+
+    #[test]
     fn a_receipt_names_no_other_directory() {
         let json = |name: &str| {
             serde_json::json!({
@@ -220,6 +244,7 @@ mod tests {
             if let Ok(request) = v1::RenewRequest::decode(&*bytes) {
                 let _ = progress(request.progress.as_ref());
             }
+            let _ = v1::ReportLinesRequest::decode(&*bytes).map(|request| lines(&request, 4));
             let _ = v1::ReportSavedRequest::decode(&*bytes).map(|request| receipt(&request.receipt_json));
             let _ = receipt(&String::from_utf8_lossy(&bytes));
             prop_assert!(report(&String::from_utf8_lossy(&bytes)).len() <= 3 * MAX_REPORT_BYTES);
