@@ -37,10 +37,14 @@ fn address(coordinator: &mut Job) -> String {
 
 /// Two nodes of two ranks.
 fn nodes(place: &Place, address: &str) -> [Job; 2] {
+    nodes_with(place, address, &[])
+}
+
+fn nodes_with(place: &Place, address: &str, flags: &[&str]) -> [Job; 2] {
     let token = place.path("state/token");
     ["0", "1"].map(|node| {
         let layout = ["launch", "--nnodes", "2", "--node-rank", node, "--nproc-per-node", "2"];
-        place.start(&[&layout[..], &["--coordinator", address, "--token-file", &token]].concat())
+        place.start(&[&layout[..], &["--coordinator", address, "--token-file", &token], flags].concat())
     })
 }
 
@@ -110,6 +114,35 @@ fn a_rank_that_dies_on_one_node_ends_the_other() {
     let ended = coordinator.wait();
     assert_eq!(ended.code, Some(137), "{}", ended.stderr);
     assert!(ended.stderr.contains("rank 3 was ended by signal 9"), "{}", ended.stderr);
+    place.expect_no_process();
+}
+
+/// A launcher that may start its ranks again says so, and the ranks of the other node wait in their processes.
+#[test]
+fn a_rank_that_its_launcher_starts_again_rejoins() {
+    let place = Place::new();
+    let mut coordinator = coordinator(&place);
+    let address = address(&mut coordinator);
+    let nodes = nodes_with(&place, &address, &["--max-restarts", "1"]);
+    let before = processes(&holding(&place));
+    signal(i32::try_from(before[3]).expect("a process id"), Signal::KILL);
+    let mut after = Vec::new();
+    until("four ranks hold again", PATIENCE, || {
+        let asked = place.run(&["status", "--json"]);
+        let status = if asked.code == Some(0) { asked.json() } else { Value::Null };
+        let is_back = status["phase"] == "holding" && status["generation"] == 2;
+        after = if is_back { processes(&status) } else { Vec::new() };
+        is_back
+    });
+    assert_eq!(after[..2], before[..2], "the other node's ranks are the same processes");
+    assert!(after[2] != before[2] && after[3] != before[3], "{after:?} {before:?}");
+    assert_eq!(place.run(&["drain"]).code, Some(0));
+    for node in nodes {
+        let ended = node.wait();
+        assert_eq!(ended.code, Some(0), "{}", ended.stderr);
+    }
+    let ended = coordinator.wait();
+    assert_eq!(ended.code, Some(0), "{}", ended.stderr);
     place.expect_no_process();
 }
 

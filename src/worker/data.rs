@@ -225,7 +225,9 @@ impl DataThread {
         (self.port, self.watched) = (Some(port), watched);
         let held = self.held.as_mut().map(|held| {
             held.comm = None;
-            held.generation
+            // Others may not have let a model go yet that this rank has.
+            let is_whole = held.others.len() == held.plan.others.len();
+            if is_whole { held.generation } else { Generation::default() }
         });
         Outcome::Regrouped(held.unwrap_or_default())
     }
