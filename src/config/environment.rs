@@ -50,8 +50,8 @@ pub struct WorkerEnvironment {
     pub local_ranks: u32,
     /// `NCCL_LIBRARY`: the path of libnccl; where the dynamic linker finds it by default.
     pub nccl_library: Option<PathBuf>,
-    /// `WEIGHTCAST_JOIN_TIMEOUT`: how long the coordinator is looked for at the beginning, in seconds; 10 by default, since ranks
-    /// are usually started when it is there.
+    /// `WEIGHTCAST_JOIN_TIMEOUT`: how long the coordinator is looked for at the beginning, in seconds; 600 by default, as
+    /// launchers look for each other.
     pub join_deadline: Duration,
 }
 
@@ -109,7 +109,7 @@ impl WorkerEnvironment {
             local_rank: or("LOCAL_RANK", 0, "a number below LOCAL_WORLD_SIZE, as a launcher sets it")?,
             local_ranks: or("LOCAL_WORLD_SIZE", 1, "a number of at least 1, as a launcher sets it")?,
             nccl_library: get("NCCL_LIBRARY").map(PathBuf::from),
-            join_deadline: Duration::from_secs(or("WEIGHTCAST_JOIN_TIMEOUT", 10, "a number of seconds")?.into()),
+            join_deadline: Duration::from_secs(or("WEIGHTCAST_JOIN_TIMEOUT", 600, "a number of seconds")?.into()),
             rank,
             world,
             coordinator: parsed(get, "WEIGHTCAST_COORDINATOR", "the coordinator's host:port")?,

@@ -17,7 +17,7 @@ use k8s_openapi::apimachinery::pkg::api::resource::Quantity;
 use k8s_openapi::apimachinery::pkg::apis::meta::v1::{LabelSelector, ObjectMeta};
 
 use super::flavors::Flavor;
-use super::settings::{GRPC_PORT, HEALTH_PORT, HTTP_PORT, JOIN_SECONDS, Settings};
+use super::settings::{GRPC_PORT, HEALTH_PORT, HTTP_PORT, Settings};
 
 /// "nonroot" of distroless images.
 const USER: i64 = 65_532;
@@ -239,8 +239,6 @@ fn worker_environment(settings: &Settings) -> Vec<EnvVar> {
         Flavor::IndexedJob => Vec::new(),
     };
     variables.push(field("WEIGHTCAST_DATA_ADDRESS", "status.podIP"));
-    let name = "WEIGHTCAST_JOIN_TIMEOUT".to_owned();
-    variables.push(EnvVar { name, value: Some(JOIN_SECONDS.to_string()), value_from: None });
     variables.extend(environment(settings));
     variables
 }

@@ -16,8 +16,6 @@ pub const GRPC_PORT: u16 = 29_400;
 pub const HEALTH_PORT: u16 = 29_401;
 /// The status page and the metrics.
 pub const HTTP_PORT: u16 = 29_402;
-/// How long ranks look for the coordinator, in seconds: a pod may be placed long before it.
-pub(super) const JOIN_SECONDS: u32 = 600;
 
 /// The longest name of a job: its pods are called `<name>-coordinator-0-0-<5 characters>`, and a label takes 63.
 const MAX_NAME: usize = 63 - "-coordinator-0-0-xxxxx".len();

@@ -450,7 +450,8 @@ fn load_failure(error: &LoadError, own: Rank) -> Failure {
 pub(super) fn comm_failure(error: &CommError, own: Rank) -> Failure {
     let blame = match error {
         CommError::PeerLost { rank, .. } | CommError::Aborted { rank, .. } if *rank != own => Blame::Peer(*rank),
-        CommError::Nccl { .. } | CommError::Deadline { .. } => Blame::Unknown,
+        // Others may say of this rank that it is gone, when the way to it is cut.
+        CommError::PeerLost { .. } | CommError::Nccl { .. } | CommError::Deadline { .. } => Blame::Unknown,
         _ => Blame::Own,
     };
     Failure { message: chain(error), exit_code: error.kind().exit_code(), blame }

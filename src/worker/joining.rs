@@ -20,6 +20,7 @@ use super::{WorkerConfig, WorkerError};
 use crate::clock::{Instant, now};
 use crate::comm::tcp::TcpPort;
 use crate::error::{Kind, chain};
+use crate::rpc::ConnectError;
 use crate::types::Generation;
 
 /// What is waited for is said after the first failure, and then this often.
@@ -33,19 +34,18 @@ type Snapshots = Streaming<v1::WatchResponse>;
 /// A search for the coordinator, and what is said of it.
 struct Search {
     began: Instant,
-    limit: Duration,
     next_reminder: Duration,
 }
 
 impl Search {
-    fn new(limit: Duration) -> Self {
-        Self { began: now(), limit, next_reminder: Duration::ZERO }
+    fn new() -> Self {
+        Self { began: now(), next_reminder: Duration::ZERO }
     }
 
-    /// Whether the time is over; says what is waited for.
-    async fn goes_on(&mut self, config: &WorkerConfig, reason: &str) -> bool {
+    /// Waits a moment and says what for; false when `limit` is over.
+    async fn goes_on(&mut self, config: &WorkerConfig, reason: &str, limit: Duration) -> bool {
         let waited = self.began.elapsed();
-        if waited >= self.limit {
+        if waited >= limit {
             return false;
         }
         if waited >= self.next_reminder {
@@ -65,11 +65,14 @@ impl Session {
         offer: &Offer,
         leaving: &Leaving,
     ) -> Result<Option<(Self, TcpPort, Snapshots)>, WorkerError> {
-        let mut search = Search::new(config.join_deadline);
+        let mut search = Search::new();
         let data_ip = loop {
             match data_ip(&config).await {
                 Ok(ip) => break ip,
-                Err(error) if leaving.is_asked() || !search.goes_on(&config, &error.to_string()).await => {
+                Err(error)
+                    if leaving.is_asked()
+                        || !search.goes_on(&config, &error.to_string(), config.join_deadline).await =>
+                {
                     return match leaving.is_asked() {
                         true => Ok(None),
                         false => Err(error),
@@ -84,7 +87,9 @@ impl Session {
             match enter(&config, &join).await {
                 Ok(entered) => break entered,
                 Err(_) if leaving.is_asked() => return Ok(None),
-                Err(error) if error.is_transient() && search.goes_on(&config, &chain(&error)).await => {}
+                Err(error)
+                    if error.is_transient()
+                        && search.goes_on(&config, &chain(&error), first_limit(&config, &error)).await => {}
                 Err(error) => return Err(error),
             }
         };
@@ -95,9 +100,9 @@ impl Session {
     /// Opens the watch again after it broke, and says again what a restarted coordinator cannot know.
     pub(super) async fn reconnect(&mut self, reason: &str) -> Result<Snapshots, WorkerError> {
         tracing::warn!(reason, "the watch on the coordinator broke");
-        let mut search = Search::new(self.patience());
+        let mut search = Search::new();
         let mut reason = reason.to_owned();
-        while search.goes_on(&self.config, &reason).await {
+        while search.goes_on(&self.config, &reason, self.patience()).await {
             match timeout(ENTER_DEADLINE, self.rejoin()).await.unwrap_or_else(|_| Err(no_answer(&self.config))) {
                 Ok(snapshots) => {
                     tracing::info!("the coordinator is back");
@@ -153,7 +158,7 @@ impl Session {
     ) -> Result<Option<Snapshots>, WorkerError> {
         tracing::warn!(rank = self.config.rank.0, generation = self.generation, reason, "joining again");
         let holds = self.leave_generation(reason, data).await?;
-        let mut search = Search::new(self.patience());
+        let mut search = Search::new();
         loop {
             if self.leaving.is_asked() {
                 return Ok(None);
@@ -173,7 +178,7 @@ impl Session {
                 Err(error) if error.is_transient() => chain(&error),
                 Err(error) => return Err(error),
             };
-            if !search.goes_on(&self.config, &reason).await {
+            if !search.goes_on(&self.config, &reason, self.patience()).await {
                 let (address, seconds) = (self.config.coordinator.clone(), search.began.elapsed().as_secs());
                 return Err(WorkerError::CoordinatorLost { address, seconds, reason });
             }
@@ -212,6 +217,15 @@ impl Session {
         let holds = timeout(IDLE_DEADLINE, idle).await.unwrap_or_else(late)?;
         let _ = self.watched.send(watched);
         Ok(holds)
+    }
+}
+
+/// How long a rank goes on after this error at the beginning. A coordinator that is not there yet may still be placed; one that refuses
+/// is waited for no longer than a rotation of certificates, or the lease of a process before this one, takes.
+fn first_limit(config: &WorkerConfig, error: &WorkerError) -> Duration {
+    match error {
+        WorkerError::Connect(ConnectError::Unreachable { .. }) => config.join_deadline,
+        _ => config.coordinator_deadline,
     }
 }
 
