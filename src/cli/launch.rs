@@ -40,7 +40,7 @@ pub(super) fn run(flags: LaunchFlags) -> u8 {
             sharing: if share_devices { Sharing::Allowed } else { Sharing::Refused },
             backend: backend.unwrap_or_default(),
         });
-        if restarts(&launch) || looks(observe) {
+        if looks(observe) {
             return super::EXIT_USAGE;
         }
         return join_job(&launch, &CoordinatorAddress { address, token_file, tls, checkpoint_root, device });
@@ -77,11 +77,13 @@ pub(super) fn run(flags: LaunchFlags) -> u8 {
     run_job((config, tls), launch, (json, observe.places()))
 }
 
-/// Whether ranks are to be started again one by one, which a job has no use for: says so.
+/// Whether ranks are to be started again, which a job has no use for whose coordinator ends with them: says so.
 fn restarts(launch: &LaunchArgs) -> bool {
     let asked = launch.max_restarts.as_deref().is_some_and(|count| count != "0");
     if asked {
-        say("error: --max-restarts: expected 0 with a job: start the job again, and it resumes from its checkpoint");
+        say(
+            "error: --max-restarts: expected 0 with a job of this launcher alone: start the job again, and it resumes from its checkpoint",
+        );
     }
     asked
 }
