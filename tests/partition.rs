@@ -9,7 +9,6 @@
 //! prints a table; `WEIGHTCAST_PARTITION_SEED=N` runs the schedule of that seed alone.
 #![cfg(debug_assertions)]
 #![expect(clippy::disallowed_methods, reason = "a black-box test has its own clock and files")]
-#![expect(clippy::print_stderr, reason = "the table is for people")]
 
 mod partition_support;
 #[expect(dead_code, reason = "each test file uses its part")]
