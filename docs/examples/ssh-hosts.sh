@@ -41,11 +41,13 @@ for node in "${!hosts[@]}"; do
   launchers+=($!)
 done
 launched=0
-for launcher in "${launchers[@]}"; do
-  await "$launcher" || launched=$?
+for _ in "${launchers[@]}"; do
+  while signalled=; wait -n "${launchers[@]}"; code=$?; [ -n "$signalled" ]; do :; done
+  [ $code = 0 ] && continue
+  # Nobody starts it again, so its ranks need not be waited for: the others save, and all end.
+  [ $launched = 0 ] && launched=$code
+  kill -TERM $coordinator 2>/dev/null
 done
-# Launchers that failed may leave a coordinator that waits for their ranks.
-[ $launched = 0 ] || kill -TERM $coordinator 2>/dev/null
 await $coordinator
 coordinated=$?
 # What a rank failed with is its launcher's code. 0 and 75 hold where the coordinator knows of nothing worse.

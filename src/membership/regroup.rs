@@ -47,7 +47,8 @@ impl Membership {
 
     /// Carries out a loss that had to wait, and lets ranks go that leave and have nothing to save.
     pub(super) fn settle(&mut self, now: Instant) -> Vec<Effect> {
-        if self.phase == Phase::Holding && self.settings.rejoin.is_some() && self.regrouping.pending.is_none() {
+        let may_leave = self.phase == Phase::Holding && self.settings.rejoin.is_some() && !self.draining;
+        if may_leave && self.regrouping.pending.is_none() {
             self.regrouping.pending = self.leaver();
         }
         match self.regrouping.pending.take() {
@@ -167,7 +168,7 @@ impl Membership {
 
     /// After a commit: whether it is the one that ranks waited for before they leave.
     pub(super) fn let_leavers_go(&mut self) {
-        let Some(request) = self.regrouping.leave_after else { return };
+        let Some(request) = self.regrouping.leave_after.filter(|_| !self.draining) else { return };
         // What was only loaded does not change: any checkpoint has it.
         if !self.settings.after_load.train {
             self.regrouping.leave_after = None;

@@ -292,7 +292,7 @@ slurm() {
 
   # It listens for IPv4 alone: the ranks give up, and the coordinator, which nobody has called, is told to end.
   job_file slurm-lost load
-  COORDINATOR_HOST='[::1]' submit slurm-lost
+  WEIGHTCAST_JOIN_TIMEOUT=5 COORDINATOR_HOST='[::1]' submit slurm-lost
   batch_ended 60
   in_state FAILED || code="$code, in state $(field JobState)"
   expect_end "slurm.sbatch: ranks that do not reach the coordinator end the job, which is not started again" 69 ""
