@@ -15,4 +15,4 @@ pub mod v1 {
 pub const DESCRIPTORS: &[u8] = include_bytes!("gen/descriptors.bin");
 
 /// The version of the protocol between ranks and coordinator; both sides must have the same.
-pub const PROTOCOL_VERSION: u32 = 1;
+pub const PROTOCOL_VERSION: u32 = 2;

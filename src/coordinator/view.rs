@@ -8,7 +8,7 @@ use super::queue::JobView;
 use crate::clock::Instant;
 use crate::membership::{Cause, Member, Membership, Phase, Progress, Save};
 use crate::plan::{LoadPlan, OWN_MODEL};
-use crate::types::{Generation, JobId, Rank, Step};
+use crate::types::{Generation, JobId, Rank, Step, pack_addresses};
 
 /// A snapshot of the job.
 #[derive(Clone, Debug)]
@@ -21,8 +21,8 @@ pub struct View {
     pub generation: Generation,
     /// The phase.
     pub phase: Phase,
-    /// Addresses of the data plane by rank, once all have joined.
-    pub peers: Arc<[String]>,
+    /// Addresses of the data plane by rank, once all have joined ([`pack_addresses`]).
+    pub peers: Arc<[u8]>,
     /// The generation's secret.
     pub secret: [u8; 32],
     /// Rank 0's NCCL unique id, when all ranks have joined and all offered the same release.
@@ -69,7 +69,7 @@ pub struct Orders {
     pub generation: Generation,
     pub phase: Phase,
     /// Of use while ranks load, and empty otherwise: a message to each rank about each rank.
-    pub peers: Arc<[String]>,
+    pub peers: Arc<[u8]>,
     pub secret: [u8; 32],
     pub nccl_unique_id: Vec<u8>,
     pub plan_sha256: [u8; 32],
@@ -206,8 +206,8 @@ impl View {
     pub(super) fn update(&mut self, membership: &Membership, changed: Changed) {
         if self.generation != membership.generation() || changed == Changed::All {
             let all = membership.members().iter().all(Option::is_some);
-            let addresses = membership.members().iter().flatten().map(|member| member.info.data_address.clone());
-            self.peers = if all { addresses.collect() } else { Arc::default() };
+            let addresses = membership.members().iter().flatten().map(|member| member.info.data_address.as_str());
+            self.peers = if all { pack_addresses(addresses).into() } else { Arc::default() };
             self.nccl_unique_id = nccl_unique_id(membership.members());
         }
         self.generation = membership.generation();

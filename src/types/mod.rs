@@ -3,6 +3,7 @@
 //! Owns: ids (rank, generation, step), tensor names, element types, shapes, byte ranges, digests, checked numbers.
 //! Refuses to know: files, sockets, clocks, configuration, any format.
 
+mod addresses;
 mod digest;
 mod dtype;
 mod ids;
@@ -11,6 +12,7 @@ mod range;
 mod shape;
 mod wish;
 
+pub use addresses::{BadAddresses, pack_addresses, unpack_addresses};
 pub use digest::{BlockDigests, DIGEST_BLOCK_BYTES, DigestTable, TensorDigest, crc32c};
 pub use dtype::{DType, UnknownDType};
 pub use ids::{Attempt, Fqn, Generation, JobId, Rank, Step, WorldSize, ZeroWorld};

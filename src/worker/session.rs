@@ -3,7 +3,7 @@
 //! Refuses to know: how the coordinator is found again (`joining`), leases (`renewing`), signals (`leaving`).
 
 use std::collections::BTreeSet;
-use std::net::{IpAddr, SocketAddr};
+use std::net::IpAddr;
 use std::path::{Path, PathBuf};
 use std::sync::{Arc, mpsc};
 use std::time::Duration;
@@ -25,7 +25,7 @@ use crate::plan::{LoadPlan, PLAN_VERSION};
 use crate::rpc::{Clients, describe_status, kind_of, request};
 use crate::tasks::{Tasks, spawn_thread, survive_file_size_limit};
 use crate::train::Grant;
-use crate::types::{Attempt, Generation, Step};
+use crate::types::{Attempt, Generation, Step, unpack_addresses};
 
 /// After a failure of its own a rank waits this long for the coordinator to name the cause, which may be another rank.
 const CAUSE_DEADLINE: Duration = Duration::from_secs(2);
@@ -313,8 +313,7 @@ impl Session {
         let bad = |message: String| WorkerError::Failed { message, exit_code: Kind::Internal.exit_code() };
         let secret = snapshot.secret.as_slice().try_into();
         let secret = secret.map_err(|_| bad(format!("secret: expected 32 bytes, found {}", snapshot.secret.len())))?;
-        let peers: Result<Vec<SocketAddr>, _> = snapshot.peers.iter().map(|peer| peer.parse()).collect();
-        let peers = peers.map_err(|error| bad(format!("address of a peer: {error}")))?;
+        let peers = unpack_addresses(&snapshot.peers).map_err(|error| bad(error.to_string()))?;
         let group = Group { rank: self.config.rank, world: self.config.world };
         let (generation, nccl_unique_id) = (Generation(self.generation), snapshot.nccl_unique_id.clone());
         let root = self.config.checkpoint_root.as_ref().and_then(|root| stored_in(root, &plan));

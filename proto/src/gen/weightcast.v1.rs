@@ -261,9 +261,10 @@ pub struct WatchResponse {
     pub header: ::core::option::Option<ResponseHeader>,
     #[prost(enumeration = "Phase", tag = "2")]
     pub phase: i32,
-    /// Data-plane addresses by rank; filled from PHASE_LOADING on.
-    #[prost(string, repeated, tag = "3")]
-    pub peers: ::prost::alloc::vec::Vec<::prost::alloc::string::String>,
+    /// In PHASE_LOADING: data-plane addresses by rank. An IPv4 address is 7 bytes: 4, the address, the port (big-endian); an IPv6 address
+    /// 19: 16, the address, the port.
+    #[prost(bytes = "vec", tag = "17")]
+    pub peers: ::prost::alloc::vec::Vec<u8>,
     /// The generation's secret of 32 bytes, which authenticates the data plane.
     #[prost(bytes = "vec", tag = "4")]
     pub secret: ::prost::alloc::vec::Vec<u8>,
