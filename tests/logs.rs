@@ -136,7 +136,9 @@ struct Apart {
 fn coordinator(place: &Place) -> Job {
     let (state, token, control) = (place.path("state"), place.path("workers-token"), place.path("control-token"));
     let tokens = ["--token-file", &token, "--control-token-file", &control];
-    let job = ["coordinator", "--ranks", "4", "--state-dir", &state, "--model", MODEL, "--hold"];
+    // A rank that is lost ends the job.
+    let job =
+        ["coordinator", "--ranks", "4", "--state-dir", &state, "--rejoin-timeout", "0", "--model", MODEL, "--hold"];
     place.start(&[&job[..], &tokens].concat())
 }
 
