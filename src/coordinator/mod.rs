@@ -4,6 +4,7 @@
 //!
 //! `CO-1`: state has one owner; everybody else sees a [`View`], a full snapshot.
 
+mod effects;
 mod history;
 mod journal;
 mod lines;
