@@ -79,8 +79,8 @@ pub struct Orders {
     pub committed_step: Option<Step>,
     pub save_request: u64,
     pub unloaded: Vec<String>,
-    /// Empty when ranks load whatever they hold.
     pub base_id: String,
+    pub keeps_base: bool,
     pub is_preempted: bool,
     pub regroups: u64,
 }
@@ -255,7 +255,8 @@ impl View {
             committed_step: self.committed_step,
             save_request: self.save_request,
             unloaded: self.models.iter().filter(|model| model.unloaded).map(|model| model.name.clone()).collect(),
-            base_id: if self.keeps_base { self.base_id.clone() } else { String::new() },
+            base_id: self.base_id.clone(),
+            keeps_base: self.keeps_base,
             is_preempted: self.is_preempted,
             regroups: self.regroups,
         }

@@ -62,6 +62,7 @@ pub(super) fn watch(coordinator: &Coordinator, orders: &Orders) -> v1::WatchResp
         save_request: orders.save_request,
         unloaded: orders.unloaded.clone(),
         base_id: orders.base_id.clone(),
+        keep_base: orders.keeps_base,
         preempted: orders.is_preempted,
         traceparent: traceparent(orders),
     }

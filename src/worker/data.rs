@@ -60,6 +60,8 @@ pub(super) struct LoadCommand {
     pub(super) root: Option<PathBuf>,
     /// What tells the base's files from others; empty when nothing does.
     pub(super) base_id: String,
+    /// Whether all ranks may keep what they hold.
+    pub(super) keeps_base: bool,
     pub(super) meeting: Meeting,
     /// The load's trace; empty when nobody traces.
     pub(super) traceparent: String,
@@ -233,13 +235,13 @@ impl DataThread {
     }
 
     fn load(&mut self, command: LoadCommand) -> Result<Outcome, Failure> {
-        let LoadCommand { plan, root, base_id, meeting, .. } = command;
+        let LoadCommand { plan, root, base_id, keeps_base, meeting, .. } = command;
         let (group, generation) = (meeting.group, meeting.generation);
         let device = placed(self.offer.device, &plan, group.rank)?;
         // The base of the job before stays where it is; another one makes room first.
         let mut comm = None;
         if let Some(held) = self.held.take() {
-            if held.is_base_of(&plan, &base_id) {
+            if keeps_base && held.is_base_of(&plan, &base_id) {
                 tracing::info!(rank = %group.rank, "the base is here already");
                 let report = held.report();
                 self.held = Some(Held { plan, generation, ..held });

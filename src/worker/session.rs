@@ -323,6 +323,7 @@ impl Session {
             plan,
             root,
             base_id: snapshot.base_id.clone(),
+            keeps_base: snapshot.keep_base,
             meeting,
             traceparent: snapshot.traceparent.clone(),
         })

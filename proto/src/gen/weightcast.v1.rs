@@ -305,6 +305,9 @@ pub struct WatchResponse {
     /// The job ends because its hosts are being taken away: ranks end with 75.
     #[prost(bool, tag = "16")]
     pub preempted: bool,
+    /// All ranks of this generation hold what one generation before it loaded: they keep it, if base_id and the plan are the same.
+    #[prost(bool, tag = "18")]
+    pub keep_base: bool,
 }
 /// One try at writing a checkpoint.
 #[derive(Clone, PartialEq, Eq, Hash, ::prost::Message)]
