@@ -44,9 +44,7 @@ impl Session {
                 let renewed = timeout(RENEWAL_DEADLINE, renew_once(&mut clients, &config, renew)).await;
                 match renewed {
                     Ok(Ok(Renewed::Yes)) => {}
-                    // It may have joined again in the meantime.
-                    Ok(Ok(Renewed::NoMember)) if *member.borrow() == member_id => fenced.notify_one(),
-                    Ok(Ok(Renewed::NoMember)) => {}
+                    Ok(Ok(Renewed::NoMember)) => drop(fenced.send_replace(member_id)),
                     // A lost renewal is made good by the next one, on another connection.
                     Ok(Err(_)) | Err(_) => clients = None,
                 }

@@ -5,10 +5,10 @@
 use std::collections::BTreeSet;
 use std::net::IpAddr;
 use std::path::{Path, PathBuf};
-use std::sync::{Arc, mpsc};
+use std::sync::mpsc;
 use std::time::Duration;
 
-use tokio::sync::{Notify, mpsc as async_mpsc, watch};
+use tokio::sync::{mpsc as async_mpsc, watch};
 use tonic::Streaming;
 use weightcast_proto::v1;
 
@@ -101,8 +101,8 @@ pub(super) struct Session {
     /// To be said again to a coordinator that was restarted.
     pub(super) reported: Reported,
     pub(super) leaving: Leaving,
-    /// A renewal was refused because the member is none any more.
-    pub(super) fenced: Arc<Notify>,
+    /// The last member whose renewal was refused because it is none any more.
+    pub(super) fenced: watch::Sender<String>,
 }
 
 /// What follows from something that happened.
@@ -136,7 +136,7 @@ impl Session {
             save_request: 0,
             reported: Reported::default(),
             leaving: leaving.clone(),
-            fenced: Arc::default(),
+            fenced: watch::Sender::default(),
         }
     }
 
@@ -147,8 +147,9 @@ impl Session {
     ) -> Result<Ended, WorkerError> {
         self.leaving.member_is(self.member.subscribe());
         loop {
-            let (fenced, left) = (self.fenced.clone(), self.leaving.clone());
-            // Cancel safe: a stream, a receiver and a notification lose nothing when another branch wins.
+            let (mut fenced, left) = (self.fenced.subscribe(), self.leaving.clone());
+            let own = self.member.borrow().clone();
+            // Cancel safe: a stream, a receiver and a watch lose nothing when another branch wins.
             let turn = tokio::select! {
                 message = snapshots.message() => match message {
                     Ok(Some(snapshot)) => self.act(&snapshot, &data.commands).await,
@@ -167,7 +168,8 @@ impl Session {
                         Ok(Turn::Failed(Failure { message, exit_code: Kind::Internal.exit_code(), blame: Blame::Own }))
                     }
                 },
-                () = fenced.notified(), if self.rejoins() => {
+                // Not of a member that this rank was before.
+                Ok(_) = fenced.wait_for(|member| *member == own), if self.rejoins() => {
                     Err(WorkerError::Stale { rank: self.config.rank.0, message: "its lease has ended".to_owned() })
                 }
                 // With no generation there is nothing to be saved.
